@@ -1,0 +1,308 @@
+"""What every benchmark shares: the environment, the result file, engines run and timed fairly.
+
+Fair timing on a machine that is never quite idle: each engine runs in a process of its own, alone, in rounds A B C, B
+C A, …; a round gives each engine one median; engines are compared by the ratio of their medians within a round, and
+"faster" or "slower" is said only when the interval of those ratios excludes 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from math import comb
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+Json = None | bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"]
+
+RESULTS: Final = Path(__file__).parent / "results"
+PACKAGES: Final = (
+    "fxcompress",
+    "torch",
+    "onnxruntime",
+    "openvino",
+    "nncf",
+    "onnx",
+    "transformers",
+    "torchvision",
+    "numpy",
+)
+CPU_FLAGS: Final = ("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+
+
+def environment(threads: int) -> dict[str, Json]:
+    """Date, processor with the flags that matter, threads, load and the versions of the packages measured."""
+    info = _cpu_info()
+    flags = str(info.get("flags", "")).split()
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "processor": info.get("model name", platform.processor()),
+        "flags": {flag: flag in flags for flag in CPU_FLAGS},
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "load_average": list(os.getloadavg()),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def _cpu_info() -> dict[str, str]:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        lines = file.read().split("\n\n")[0].splitlines()
+        return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    return {}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def write(claim: str, results: Json, settings: Json, threads: int) -> Path:
+    """Writes ``benchmarks/results/<claim>.json`` and gives its path."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{claim}.json"
+    content = {"claim": claim, "environment": environment(threads), "settings": settings, "results": results}
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """An engine in the race.
+
+    Attributes:
+        name: Its name in the tables.
+        runtime: ``onnxruntime``, ``openvino``, ``torch`` or ``fxcompress`` (see :mod:`benchmarks.worker`).
+        path: File, folder or model name that the runtime loads.
+        settings: How it was made, for the record.
+        variables: Environment variables of its process.
+    """
+
+    name: str
+    runtime: str
+    path: str
+    settings: Mapping[str, Json] = field(default_factory=dict)
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+
+def work(contestant: Contestant, act: str, inputs: Path, threads: int, *extra: str) -> dict[str, Json]:
+    """Runs :mod:`benchmarks.worker` on the contestant, waits, and gives what it printed.
+
+    Raises:
+        RuntimeError: The process failed; the message has the end of what it wrote.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.worker",
+        act,
+        "--runtime",
+        contestant.runtime,
+        "--path",
+        contestant.path,
+    ]
+    command += ["--inputs", str(inputs), "--threads", str(threads), *extra]
+    variables = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        **contestant.variables,
+    }
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(command, env=variables, cwd=root, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{contestant.name}: {done.stderr.strip()[-1500:]}")
+    result: dict[str, Json] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
+
+
+@contextlib.contextmanager
+def _packed(arrays: Mapping[str, npt.NDArray[np.generic]]) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="fxc-bench-") as folder:
+        path = Path(folder) / "inputs.npz"
+        with path.open("wb") as file:
+            np.savez(file, allow_pickle=False, **dict(arrays))
+        yield path
+
+
+def predict(
+    contestant: Contestant, arrays: Mapping[str, npt.NDArray[np.generic]], threads: int, *, trim: bool = False
+) -> npt.NDArray[np.float32]:
+    """The engine's first output for samples ``[n, ...]``, run one by one in its own process."""
+    with _packed(arrays) as inputs:
+        outputs = inputs.with_name("outputs.npy")
+        work(contestant, "predict", inputs, threads, "--outputs", str(outputs), *(["--trim"] if trim else []))
+        rows: npt.NDArray[np.float32] = np.load(outputs)
+    return rows
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Paired comparison of two engines: time of the first over time of the second.
+
+    Attributes:
+        median: Median over the rounds.
+        low: Lower end of the interval of that median.
+        high: Upper end.
+        coverage: The interval's confidence; it is made of order statistics, so it assumes no distribution.
+    """
+
+    median: float
+    low: float
+    high: float
+    coverage: float
+
+    @property
+    def verdict(self) -> str:
+        """``faster`` or ``slower`` when the interval excludes 1, else ``no difference shown``."""
+        if self.coverage < 0.9:
+            return "no difference shown"
+        return "faster" if self.high < 1.0 else "slower" if self.low > 1.0 else "no difference shown"
+
+
+def paired_ratio(first: Sequence[float], second: Sequence[float]) -> Ratio:
+    """Compares medians of the same rounds.
+
+    The interval is that of the sign test: ``[x_(k), x_(n+1-k)]`` with the largest ``k`` whose coverage
+    ``1 - 2 P(Bin(n, 1/2) < k)`` is at least 95 % (or ``k = 1`` when even that is less).
+
+    Args:
+        first: Milliseconds per round of the engine in question.
+        second: The other engine's, same rounds.
+    """
+    ratios = sorted(a / b for a, b in zip(first, second, strict=True))
+    n = len(ratios)
+
+    def coverage(k: int) -> float:
+        return 1.0 - 2.0 * sum(comb(n, i) for i in range(k)) / 2.0**n
+
+    k = max([1, *(k for k in range(1, (n + 1) // 2 + 1) if coverage(k) >= 0.95)])
+    return Ratio(statistics.median(ratios), ratios[k - 1], ratios[n - k], max(0.0, coverage(k)))
+
+
+@dataclass
+class Race:
+    """Milliseconds of all runs, by engine and round."""
+
+    contestants: list[Contestant]
+    rounds: dict[str, list[list[float]]]
+
+    def medians(self, name: str) -> list[float]:
+        """The median of each round in milliseconds."""
+        return [statistics.median(times) for times in self.rounds[name]]
+
+    def ratio(self, first: str, second: str) -> Ratio:
+        """Time of ``first`` over time of ``second``, paired by round."""
+        return paired_ratio(self.medians(first), self.medians(second))
+
+    def fastest(self, names: Sequence[str]) -> str:
+        """The name with the smallest median of medians."""
+        return min(names, key=lambda name: statistics.median(self.medians(name)))
+
+    def summary(self) -> dict[str, Json]:
+        """Per engine: p50, p95 and interquartile range of all runs, medians of the rounds, how it was made."""
+        return {c.name: self._row(c) for c in self.contestants}
+
+    def _row(self, contestant: Contestant) -> Json:
+        times = np.array([t for one in self.rounds[contestant.name] for t in one])
+        quarter, half, three, most = (float(np.percentile(times, q)) for q in (25, 50, 75, 95))
+        return {
+            "runtime": contestant.runtime,
+            "p50_ms": round(half, 4),
+            "p95_ms": round(most, 4),
+            "iqr_ms": round(three - quarter, 4),
+            "best_ms": round(float(times.min()), 4),
+            "runs": len(times),
+            "round_medians_ms": [round(m, 4) for m in self.medians(contestant.name)],
+            "settings": contestant.settings,
+        }
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long a race is: rounds, and per round and engine the runs, seconds and warm-up seconds at least."""
+
+    rounds: int = 10
+    runs: int = 20
+    seconds: float = 1.5
+    warmup: float = 0.7
+    threads: int = 1
+
+    def record(self) -> dict[str, Json]:
+        """For the result file."""
+        return asdict(self)
+
+
+def race(contestants: Sequence[Contestant], arrays: Mapping[str, npt.NDArray[np.generic]], timing: Timing) -> Race:
+    """Times engines in rounds of rotated order, one process at a time.
+
+    Args:
+        contestants: The engines; their names differ.
+        arrays: The inputs of one run, by name.
+        timing: Length of the race.
+    """
+    entries = list(contestants)
+    if len({c.name for c in entries}) != len(entries):
+        raise ValueError("two contestants have one name")
+    rounds: dict[str, list[list[float]]] = {c.name: [] for c in entries}
+    length = ["--runs", str(timing.runs), "--seconds", str(timing.seconds), "--warmup", str(timing.warmup)]
+    with _packed(arrays) as inputs:
+        for turn in range(timing.rounds):
+            start = turn % len(entries)
+            for contestant in entries[start:] + entries[:start]:
+                times = work(contestant, "time", inputs, timing.threads, *length)["times_ms"]
+                rounds[contestant.name].append([float(t) for t in times])  # type: ignore[arg-type, union-attr]
+    return Race(entries, rounds)
+
+
+def arguments(description: str, **defaults: object) -> argparse.Namespace:
+    """The options every benchmark has: ``--quick``, ``--peers-only``, ``--threads``, ``--rounds``.
+
+    Args:
+        description: First line of the help text.
+        **defaults: Further options with their default values.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="few samples and rounds: does it run, not what it says")
+    parser.add_argument("--peers-only", action="store_true", help="leave fxcompress out")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--rounds", type=int, default=10)
+    for name, value in defaults.items():
+        kind = str if value is None else type(value)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=value)
+    return parser.parse_args()
+
+
+def timing_of(options: argparse.Namespace) -> Timing:
+    """The race that ``--quick``, ``--rounds`` and ``--threads`` ask for."""
+    if options.quick:
+        return Timing(rounds=3, runs=10, seconds=0.3, warmup=0.2, threads=options.threads)
+    return Timing(rounds=options.rounds, threads=options.threads)
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table; floats with four significant digits."""
+
+    def cell(value: object) -> str:
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    lines = [headers, ["---"] * len(headers), *([cell(v) for v in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,211 @@
+"""OpenVINO: quantized tensors as its own FakeQuantize, weights as int8 constants; an ``.xml`` and a ``.bin`` file."""
+
+from __future__ import annotations
+
+import importlib.util
+import queue
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fxcompress.engines.base import Engine, Runner, Scratch, Shapes, check_threads, register, require, sums_in_32_bits
+from fxcompress.engines.onnxruntime import as_numpy, renamed, write_onnx
+from fxcompress.engines.quantized import Grid, Realizer
+from fxcompress.engines.signature import IOSignature
+from fxcompress.errors import EngineError
+from fxcompress.ir import Program
+from fxcompress.lowering import PortableModel, lower
+from fxcompress.quant.scheme import QuantScheme
+from fxcompress.quant.spec import QuantSpec
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+__all__ = ["OpenVinoEngine", "OpenVinoTarget"]
+
+MODEL = "model.xml"
+WEIGHTS = "model.bin"
+_DOMAIN = "org.openvinotoolkit"
+
+
+class OpenVinoEngine(Engine):
+    """A model compiled by OpenVINO for the CPU."""
+
+    name: ClassVar[str] = "openvino"
+
+    def _load(self, shapes: Shapes | None) -> Runner:
+        model = read_model(self.folder / MODEL)
+        if shapes is not None:
+            self._fix_shapes(model, shapes)
+        return _Requests(compile_model(model, self.threads), self._order(model))
+
+    def worker_job(self, inputs: Sequence[Tensor]) -> dict[str, Any]:
+        """The compiled model with the sizes of ``inputs``."""
+        del inputs
+        names = [s.name for s in self.signature.tensor_inputs()]
+        options = compile_options(self.threads)
+        return {"runtime": "openvino", "model": str(self.folder / MODEL), "names": names, "options": options}
+
+    def _load_tapped(self, names: tuple[str, ...]) -> Runner:
+        model = read_model(self.folder / MODEL)
+        outputs = {op.get_friendly_name(): op for op in model.get_ordered_ops()}
+        count = len(model.outputs)
+        values = [self.details["taps"][n] for n in names]
+        distinct = list(dict.fromkeys(values))
+        for value in distinct:
+            model.add_outputs([outputs[value].output(0)])
+        runner = _Requests(compile_model(model, self.threads), self._order(model))
+        return lambda inputs: _pick(runner(inputs), [count + distinct.index(v) for v in values])
+
+    def _fix_shapes(self, model: Any, shapes: Shapes) -> None:
+        names = [s.name for s in self.signature.tensor_inputs()]
+        model.reshape({name: list(shape) for name, shape in zip(names, shapes, strict=True)})
+
+    def _order(self, model: Any) -> list[int]:
+        """Position of each of the signature's inputs among the model's parameters."""
+        places = {name: i for i, port in enumerate(model.inputs) for name in port.names}
+        return [places[s.name] for s in self.signature.tensor_inputs()]
+
+
+def _pick(values: list[Tensor], indices: list[int]) -> list[Tensor]:
+    return [values[i] for i in indices]
+
+
+class _Requests:
+    """Runs a compiled model on torch tensors; each thread takes an infer request of its own from a pool."""
+
+    def __init__(self, compiled: Any, order: list[int]) -> None:
+        import openvino as ov
+
+        self.compiled = compiled
+        self._tensor = ov.Tensor
+        self._order = order
+        self._outputs = range(len(compiled.outputs))
+        self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
+        try:
+            request = self._idle.get_nowait()
+        except queue.Empty:
+            request = self.compiled.create_infer_request()
+        try:
+            for place, x in zip(self._order, inputs, strict=True):
+                request.set_input_tensor(place, self._tensor(as_numpy(x), shared_memory=True))
+            request.infer()
+            # The request's memory is written again by the next call.
+            return [torch.from_numpy(request.get_output_tensor(i).data).clone() for i in self._outputs]
+        except RuntimeError as error:
+            raise EngineError(20, "OpenVINO failed", why=str(error)[:800]) from error
+        finally:
+            self._idle.put(request)
+
+
+def read_model(path: Path) -> Any:
+    """The model of an ``.xml`` file. Raises EngineError when OpenVINO cannot read it."""
+    import openvino as ov
+
+    try:
+        return _core().read_model(str(path))
+    except RuntimeError as error:
+        raise EngineError(21, "OpenVINO cannot read the model", where=path.name, why=str(error)[:800]) from error
+    finally:
+        del ov
+
+
+def compile_model(model: Any, threads: int) -> Any:
+    """The model compiled for one synchronous call at a time, in float32 where it is not quantized."""
+    try:
+        return _core().compile_model(model, "CPU", compile_options(threads))
+    except RuntimeError as error:
+        raise EngineError(22, "OpenVINO cannot compile the model", why=str(error)[:800]) from error
+
+
+def compile_options(threads: int) -> dict[str, Any]:
+    """One stream on ``threads`` threads; float32 also where the processor has faster 16-bit floats."""
+    return {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1}
+
+
+def _core() -> Any:
+    import openvino as ov
+
+    return ov.Core()
+
+
+def fake_quantize(r: Realizer, node: ir.Node, grid: Grid) -> ir.Value:
+    """OpenVINO's FakeQuantize: ``qmax - qmin + 1`` levels between two real limits."""
+    x = node.inputs[0]
+    assert x is not None
+    low, high = grid.limits()
+    if grid.axis >= 0:
+        rank = len(x.shape) if x.shape is not None else grid.axis + 1
+        shape = [-1 if i == grid.axis else 1 for i in range(rank)]
+        low, high = low.reshape(shape), high.reshape(shape)
+    ends = (r.constant(low), r.constant(high))
+    levels = grid.qmax - grid.qmin + 1
+    return r.emit(node, "FakeQuantize", x, *ends, *ends, name=str(node.name), domain=_DOMAIN, levels=levels)
+
+
+class OpenVinoTarget:
+    """Target ``openvino``: the CPU plug-in."""
+
+    name = "openvino"
+
+    def available(self) -> str | None:
+        """None, or the pip line."""
+        found = all(importlib.util.find_spec(m) for m in ("openvino", "onnx", "onnx_ir"))
+        return None if found else 'pip install "fxcompress[openvino]"'
+
+    def require(self) -> None:
+        """Raise MissingRuntimeError when the runtime is not installed."""
+        require(self)
+
+    def scheme(self, flags: frozenset[str] | None = None) -> QuantScheme:
+        """uint8 activations and int8 weights per channel; 7-bit weights where 16-bit sums saturate."""
+        exact = sums_in_32_bits(flags)
+        low, high = (-127, 127) if exact else (-64, 63)
+        return QuantScheme(
+            weight=QuantSpec(8, signed=True, symmetric=True, axis=0, qmin=low, qmax=high),
+            reason="" if exact else "no VNNI: 7-bit weights keep 16-bit sums of OpenVINO's kernels from saturating",
+        )
+
+    def build(self, model: Program | PortableModel, *, threads: int | None = None) -> Engine:
+        """Build an engine; see ``Target.build``."""
+        require(self)
+        portable = model if isinstance(model, PortableModel) else lower(model)
+        threads = check_threads(threads)
+        ready = Realizer(portable, fake_quantize, integer_bias=False).run()
+        scratch = Scratch()
+        try:
+            taps = write_openvino(ready, scratch.path)
+            signature = renamed(IOSignature.of(portable.program), ready.outputs)
+            details = {"files": [MODEL, WEIGHTS], "taps": taps}
+            options: dict[str, Any] = {"threads": threads, "details": details, "notes": ready.notes}
+            engine = OpenVinoEngine(scratch.path, signature, program=portable.program, **options)
+        except BaseException:
+            scratch.remove()
+            raise
+        scratch.give_to(engine)
+        return engine
+
+
+def write_openvino(ready: PortableModel, folder: Path) -> dict[str, str]:
+    """Convert through an ONNX file in the same folder; returns tap name -> name of OpenVINO's operation."""
+    import openvino as ov
+
+    ready.model.opset_imports[_DOMAIN] = 1
+    files = write_onnx(ready, folder)
+    model = read_model(folder / files[0])
+    ov.save_model(model, str(folder / MODEL), compress_to_fp16=False)
+    names = {op.get_friendly_name() for op in model.get_ordered_ops()}
+    by_tensor = {n: op.get_friendly_name() for op in model.get_ordered_ops() for o in op.outputs() for n in o.get_names()}
+    del model
+    for name in files:
+        (folder / name).unlink()
+    found = {tap: value if value in names else by_tensor.get(value) for tap, value in ready.taps.items()}
+    return {tap: name for tap, name in found.items() if name is not None}
+
+
+register(OpenVinoTarget(), OpenVinoEngine)

@@ -1,0 +1,88 @@
+"""Bias correction: the mean error that weight rounding adds to a layer's output is taken out of its bias."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from fxcompress.ir import Program
+from fxcompress.layers import Fused, TransposedLinear
+
+__all__ = ["InputMeans", "correct_bias"]
+
+
+class InputMeans:
+    """Mean of every quantized layer's input per input channel, streamed (float64, one sum per channel)."""
+
+    def __init__(self, program: Program, layers: list[Node]) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+        paths = {str(n.target) for n in layers if n.op == "call_module"}
+        self._handles = [program.gm.get_submodule(p).register_forward_pre_hook(self._hook(p)) for p in sorted(paths)]
+
+    def _hook(self, path: str) -> Any:
+        def update(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0].detach()
+            channels = _channel_dim(module, x)
+            dims = [d for d in range(x.dim()) if d != channels]
+            total = (x.sum(dims) if dims else x).double()
+            if math.isfinite(float(total.sum())):
+                self.sums[path] = self.sums[path] + total if path in self.sums else total
+                self.counts[path] = self.counts.get(path, 0) + x.numel() // max(total.numel(), 1)
+
+        return update
+
+    def stop(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+    def mean(self, path: str) -> Tensor | None:
+        """Mean per input channel (float64), or None when nothing was seen."""
+        count = self.counts.get(path, 0)
+        return self.sums[path] / count if count else None
+
+
+def _channel_dim(layer: nn.Module, x: Tensor) -> int:
+    if isinstance(layer, (nn.Linear, TransposedLinear)):
+        return x.dim() - 1
+    return x.dim() - cast(Tensor, layer.weight).dim() + 1  # 0 without a batch
+
+
+def correct_bias(program: Program, layers: list[Node], means: InputMeans) -> None:
+    """``b += sum_i (W - W_q)_i E[x_i]`` for every layer whose input mean is known (Nagel et al. 2019, eq. 17).
+
+    The mean is taken over positions, so the border of a padded convolution is treated as its inside.
+    """
+    for path in dict.fromkeys(str(n.target) for n in layers if n.op == "call_module"):
+        layer = cast(Any, program.gm.get_submodule(path))
+        mean = means.mean(path)
+        if mean is None or not isinstance(layer, Fused) or layer.weight_fake_quantize is None:
+            continue
+        weight = layer.weight.detach()
+        error = weight - layer.weight_fake_quantize(weight)  # of two near numbers: as good as exact
+        shift = _output_mean(layer, error, mean)
+        old = cast(Any, layer).bias
+        new = shift if old is None else old.detach().double() + shift
+        if bool(torch.isfinite(new).all()):
+            bias = nn.Parameter(new.to(weight.dtype), requires_grad=weight.requires_grad)
+            layer._parameters["bias"] = bias
+
+
+def _output_mean(layer: Any, weight: Tensor, mean: Tensor) -> Tensor:
+    """Output (float64) of the layer with ``weight`` for an input that is ``mean`` everywhere."""
+    if isinstance(layer, nn.Linear):
+        return weight.double() @ mean
+    if isinstance(layer, TransposedLinear):
+        return mean @ weight.double()
+    groups = layer.groups
+    taps: Tensor = weight.flatten(2).sum(2, dtype=torch.float64)
+    if layer.transposed:  # weight [in, out / groups, ...]; each output pixel sees kernel / stride taps
+        grouped = (taps / math.prod(layer.stride)).reshape(groups, -1, taps.shape[1]) * mean.reshape(groups, -1, 1)
+        return cast(Tensor, grouped.sum(1).flatten())
+    rows = mean.reshape(groups, 1, -1).expand(-1, weight.shape[0] // groups, -1)  # [groups, out / groups, in / groups]
+    return (taps * rows.reshape(taps.shape)).sum(1)

@@ -1,0 +1,43 @@
+"""QuantScheme: how one engine on one processor wants a network quantized."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fxcompress.quant.spec import QuantSpec
+
+__all__ = ["QuantScheme"]
+
+ALL_ACTIVATIONS = ("relu", "relu6", "hardtanh", "leaky_relu", "silu", "hardswish", "gelu", "sigmoid")
+_UINT8 = QuantSpec(8, signed=False, symmetric=False)
+_INT8 = QuantSpec(8, signed=True, symmetric=True, axis=0, qmin=-127, qmax=127)
+
+
+@dataclass(frozen=True)
+class QuantScheme:
+    """What an engine can run in 8 bits, and how it wants that written down.
+
+    Attributes:
+        activation: Grid of activations.
+        weight: Grid of weights; ``axis`` is replaced by the layer's own output-channel axis (None: per tensor).
+        layers: Kinds of layers whose data input and weight are quantized: ``conv``, ``conv_transpose``, ``linear``.
+        joins: Operators that run on integers when a quantized layer reads their result: ``add``, ``cat``, ``mul``,
+            ``avg_pool``, ``sigmoid``, ``silu``. The inputs of ``add`` and ``cat`` share one scale.
+        quantized_outputs: Kinds of layers that only run on integers when their own output is quantized as well.
+        fused_activations: Activations the engine runs in one kernel with the layer before.
+        fused_residual: The engine also runs the residual add in that kernel.
+        integer_bias: Biases are stored as int32 with the scale of input times weight.
+        requantize_cat: A concat needs its result quantized again (with the shared scale) to run on integers.
+        reason: Why this scheme and not a wider one, for the report.
+    """
+
+    activation: QuantSpec = _UINT8
+    weight: QuantSpec = _INT8
+    layers: tuple[str, ...] = ("conv", "conv_transpose", "linear")
+    joins: tuple[str, ...] = ("add", "cat")
+    quantized_outputs: tuple[str, ...] = ()
+    fused_activations: tuple[str, ...] = ALL_ACTIVATIONS
+    fused_residual: bool = True
+    integer_bias: bool = False
+    requantize_cat: bool = False
+    reason: str = ""

@@ -1,0 +1,28 @@
+"""The passes: one rewrite of a program each, named for what it does.
+
+Import them from ``fxcompress`` or ``fxcompress.passes``. The bare name ``passes`` is refused: it would make a second
+copy of every pass class, which a pipeline or a recipe does not recognise.
+"""
+
+if __name__ != "fxcompress.passes":
+    raise ImportError(
+        f"the passes were imported as {__name__!r}; import them as 'fxcompress.passes' "
+        "(a second copy under another name is not the one that pipelines and recipes know)",
+        name=__name__,
+    )
+
+from fxcompress.passes.cleanup import EliminateCommonSubexpressions, EliminateDeadCode, RemoveIdentity
+from fxcompress.passes.fold_batchnorm import FoldBatchNorm
+from fxcompress.passes.fold_constants import FoldConstants
+from fxcompress.passes.fuse_activations import FuseActivations
+from fxcompress.passes.quantize_static import QuantizeStatic
+
+__all__ = [
+    "EliminateCommonSubexpressions",
+    "EliminateDeadCode",
+    "FoldBatchNorm",
+    "FoldConstants",
+    "FuseActivations",
+    "QuantizeStatic",
+    "RemoveIdentity",
+]

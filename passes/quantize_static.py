@@ -1,0 +1,195 @@
+"""QuantizeStatic: post-training static quantization to 8 bits, placed by the target's scheme.
+
+One pass over the calibration data observes the range of every value to be quantized and the mean of every quantized
+layer's input; then ranges become grids, weights get per-channel grids, and biases take back the mean error that
+rounding the weights causes (Nagel et al., "Data-Free Quantization", 2019, section 4.2).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fxcompress.data import CalibrationData
+from fxcompress.errors import CalibrationError, FxcError, PassError, UsageError
+from fxcompress.ir import Program, evaluating, source_line
+from fxcompress.layers import Fused, make_fused
+from fxcompress.passbase import Context, Pass, Result
+from fxcompress.quant.bias import InputMeans, correct_bias
+from fxcompress.quant.fake_quantize import FakeQuantize
+from fxcompress.quant.insertion import add_quantizer, insert_quantizers
+from fxcompress.quant.observers import make_observer, weight_range
+from fxcompress.quant.placement import Placement, layer_name, place, weight_axis
+from fxcompress.quant.scheme import QuantScheme
+from fxcompress.rewrite import put_layer
+
+__all__ = ["QuantizeStatic"]
+
+
+@dataclass(frozen=True)
+class QuantizeStatic(Pass):
+    """Quantize weights and activations to 8 bits with ranges from calibration data.
+
+    Attributes:
+        calibrator: Range of activations: ``minmax``, ``moving_average``, ``histogram``, ``percentile``, ``entropy``
+            (KL divergence) or ``mse``.
+        weight_calibrator: Range of weights: ``minmax`` or ``mse``.
+        bias_correction: Put the mean output error of weight rounding into the biases.
+        samples: Calibration samples to use at most (whole batches).
+        ignore: Globs over layer names to leave in floating point, e.g. ``("classifier*",)``.
+
+    Raises:
+        UsageError: an unknown calibrator, or no sample asked for.
+    """
+
+    exact: ClassVar[bool] = False
+    calibrator: str = "mse"
+    weight_calibrator: Literal["minmax", "mse"] = "minmax"
+    bias_correction: bool = True
+    samples: int = 300
+    ignore: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        globs = (self.ignore,) if isinstance(self.ignore, str) else tuple(self.ignore)
+        object.__setattr__(self, "ignore", globs)
+        make_observer(self.calibrator)
+        if self.weight_calibrator not in ("minmax", "mse"):
+            what = f"unknown weight calibrator {self.weight_calibrator!r}"
+            raise UsageError(44, what, fix="use 'minmax' or 'mse'")
+        if self.samples < 1:
+            raise UsageError(25, f"samples={self.samples}: nothing to calibrate with", fix="ask for 1 or more")
+
+    def requires(self, program: Program, context: Context) -> None:
+        """Needs calibration data and a program that is not quantized yet."""
+        if context.calibration is None:
+            raise PassError(30, f"{self.name} needs calibration data", fix="pass calibration=loader")
+        if any(isinstance(m, FakeQuantize) for m in program.gm.modules()):
+            raise PassError(31, "the program is quantized already", fix="capture the float model again")
+
+    def run(self, program: Program, context: Context) -> Result:
+        """Place quantizers, observe, freeze, quantize weights, correct biases."""
+        scheme = context.scheme or QuantScheme()
+        placement = place(program, scheme, self.ignore)
+        if not placement.layers:
+            why = "; ".join(f"{n}: {r}" for n, r in placement.left) or "no convolution and no linear layer"
+            raise PassError(32, "there is no layer to quantize", why=why)
+        for node in placement.layers:
+            _check_weight(program, node)
+        observing = _Observing(program, placement, scheme, self.calibrator)
+        data = cast(Any, context.calibration)
+        calls = data if isinstance(data, CalibrationData) else CalibrationData(data)
+        means = InputMeans(program, placement.layers if self.bias_correction else [])
+        with _collecting(means):
+            observing.run(calls, self.samples)
+        notes = observing.freeze()
+        for node in placement.layers:
+            _quantize_weight(program, node, scheme, self.weight_calibrator)
+        correct_bias(program, placement.layers, means)
+        return self._result(program, placement, notes, calls)
+
+    def _result(self, program: Program, placement: Placement, notes: list[str], calls: CalibrationData) -> Result:
+        notes += [f"{name} stays float: {reason}" for name, reason in placement.left]
+        if calls.skipped:
+            notes.append(f"{calls.skipped} calibration batches held NaN or infinity and were skipped")
+        if calls.seen < self.samples:
+            notes.append(f"calibrated on {calls.seen} samples, {self.samples} asked for")
+        names = [layer_name(n) for n in placement.layers]
+        everything = names + [name for name, _ in placement.left]
+        unused = [g for g in self.ignore if not any(fnmatch.fnmatchcase(n, g) for n in everything)]
+        notes += [f"ignore={glob!r} matches no layer" for glob in unused]
+        counts = {"layers": len(names), "values": len(placement.values), "scales": len(placement.groups)}
+        changes = [f"quantized {name}" for name in dict.fromkeys(names)]
+        return Result(program, changes, notes=notes, metrics={**counts, "samples": calls.seen})
+
+
+class _Observing:
+    """The float program with an observer behind every value of a placement."""
+
+    def __init__(self, program: Program, placement: Placement, scheme: QuantScheme, calibrator: str) -> None:
+        self.program = program
+        self.quantizers: dict[str, FakeQuantize] = {}
+
+        def make(group: list[Node]) -> FakeQuantize:
+            device = group[0].meta["val"].device
+            quantizer = FakeQuantize(scheme.activation, make_observer(calibrator), device)
+            self.quantizers[group[0].name] = quantizer
+            return quantizer
+
+        insert_quantizers(program, placement, make)
+
+    def run(self, data: CalibrationData, samples: int) -> None:
+        """Run the calibration data through."""
+        self.program.recompile()
+        with torch.no_grad(), evaluating(self.program.gm):
+            for number, (args, kwargs) in enumerate(data.calls(self.program, samples)):
+                try:
+                    self.program(*args, **kwargs)
+                except FxcError:
+                    raise
+                except Exception as error:
+                    what = f"the model fails on calibration batch {number + data.skipped}"
+                    raise CalibrationError(5, what, why=f"{type(error).__name__}: {error}") from error
+
+    def freeze(self) -> list[str]:
+        """Turn what was seen into grids; what the user should know about it."""
+        notes = []
+        for name, quantizer in self.quantizers.items():
+            observer = quantizer.observer
+            if observer is not None and observer.nonfinite:
+                notes.append(f"{name}: {observer.nonfinite} values were NaN or infinity and were ignored")
+            if observer is not None and observer.count and observer.low == observer.high == 0:
+                notes.append(f"{name} was always zero during calibration")
+            quantizer.freeze(name)
+        return notes
+
+
+@contextmanager
+def _collecting(means: InputMeans) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        means.stop()
+
+
+def _weight(program: Program, node: Node) -> Tensor:
+    if node.op == "call_module":
+        return cast(Tensor, program.module(node).weight).detach()
+    return program.tensor(cast(Node, node.args[1])).detach()
+
+
+def _check_weight(program: Program, node: Node) -> None:
+    if not bool(torch.isfinite(_weight(program, node)).all()):
+        where = f"{layer_name(node)} ({source_line(node) or node.op})"
+        fix = "train or load the model again, or leave the layer out with ignore=..."
+        raise PassError(33, "a weight holds NaN or infinity", where=where, fix=fix)
+
+
+def _quantize_weight(program: Program, node: Node, scheme: QuantScheme, calibrator: Literal["minmax", "mse"]) -> None:
+    """Give the layer the fake-quantizer of its weight; a layer that is called again has it already."""
+    weight = _weight(program, node)
+    layer = program.module(node) if node.op == "call_module" else None
+    if isinstance(layer, Fused) and layer.weight_fake_quantize is not None:
+        return
+    axis = 0 if layer is None else weight_axis(layer)
+    spec = scheme.weight if scheme.weight.axis is None else dataclasses.replace(scheme.weight, axis=axis)
+    quantizer = FakeQuantize(spec, device=weight.device)
+    quantizer.set_range(*weight_range(weight, spec, calibrator))
+    if layer is not None:
+        fused = make_fused(layer)
+        fused.weight_fake_quantize = quantizer
+        put_layer(program, str(node.target), fused)
+        return
+    source = cast(Node, node.args[1])
+    with program.graph.inserting_after(source):
+        path = add_quantizer(program, f"weight_{source.name}", quantizer)
+        new = program.graph.create_node("call_module", path, (source,), {}, name=f"{source.name}_quantized")
+    new.meta = dict(source.meta)
+    node.replace_input_with(source, new)
