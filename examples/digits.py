@@ -133,7 +133,7 @@ def before_and_after(engines: dict[str, fxc.Engine]) -> Table:
             target,
             f"{report.accuracy['before']:.4f} -> {report.accuracy['after']:.4f}",
             f"{before / 1000:.0f} -> {after / 1000:.0f}",
-            f"{report.latency['before'].p50:.3f} -> {report.latency['after'].p50:.3f}",
+            f"{report.latency['before'].p50_ms:.3f} -> {report.latency['after'].p50_ms:.3f}",
         )
     return table
 

@@ -1,0 +1,118 @@
+"""fxcompress: any PyTorch module into a smaller, faster and proven engine.
+
+Public names are loaded when they are first used, so that ``import fxcompress`` and the command line start at once.
+"""
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fxcompress.api import compile, default_passes, load
+    from fxcompress.capture import capture, from_exported
+    from fxcompress.engines import Engine, Target, target
+    from fxcompress.errors import FxcError
+    from fxcompress.ir import Program
+    from fxcompress.parity import check_parity, compare
+    from fxcompress.passbase import Context, Pass, Refusal, Result
+    from fxcompress.passes import (
+        EliminateCommonSubexpressions,
+        EliminateDeadCode,
+        FoldBatchNorm,
+        FoldConstants,
+        FuseActivations,
+        QuantizeStatic,
+        RemoveIdentity,
+    )
+    from fxcompress.pipeline import Pipeline
+    from fxcompress.quant.scheme import QuantScheme
+    from fxcompress.quant.spec import QuantSpec
+    from fxcompress.report import Report
+    from fxcompress.rewrite import Match, Rule, apply_rules
+    from fxcompress.testing import check_pass
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "api": ("compile", "default_passes", "load"),
+    "capture": ("capture", "from_exported"),
+    "engines": ("Engine", "Target", "target"),
+    "errors": ("FxcError",),
+    "ir": ("Program",),
+    "parity": ("check_parity", "compare"),
+    "passbase": ("Context", "Pass", "Refusal", "Result"),
+    "passes": (
+        "EliminateCommonSubexpressions",
+        "EliminateDeadCode",
+        "FoldBatchNorm",
+        "FoldConstants",
+        "FuseActivations",
+        "QuantizeStatic",
+        "RemoveIdentity",
+    ),
+    "pipeline": ("Pipeline",),
+    "quant.scheme": ("QuantScheme",),
+    "quant.spec": ("QuantSpec",),
+    "report": ("Report",),
+    "rewrite": ("Match", "Rule", "apply_rules"),
+    "testing": ("check_pass",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Context",
+    "EliminateCommonSubexpressions",
+    "EliminateDeadCode",
+    "Engine",
+    "FoldBatchNorm",
+    "FoldConstants",
+    "FuseActivations",
+    "FxcError",
+    "Match",
+    "Pass",
+    "Pipeline",
+    "Program",
+    "QuantScheme",
+    "QuantSpec",
+    "QuantizeStatic",
+    "Refusal",
+    "RemoveIdentity",
+    "Report",
+    "Result",
+    "Rule",
+    "Target",
+    "apply_rules",
+    "capture",
+    "check_parity",
+    "check_pass",
+    "compare",
+    "compile",
+    "default_passes",
+    "from_exported",
+    "load",
+    "target",
+]
+
+
+class _Package(ModuleType):
+    """Keeps ``fxcompress.capture`` the function: importing the submodule of that name would put the module there."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOME_OF and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'fxcompress' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"fxcompress.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

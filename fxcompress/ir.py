@@ -348,6 +348,12 @@ def _value_text(value: Any, symbols: dict[str, str]) -> str:
     return _symbol(value, symbols) if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) else repr(value)
 
 
+def nonfinite_tensors(program: Program) -> list[str]:
+    """Names of the parameters, and of the buffers in the state dict, that hold NaN or infinity."""
+    state = program.gm.state_dict()
+    return [n for n, t in state.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
+
+
 def forward_names(module: nn.Module) -> list[str]:
     """Parameter names of ``module.forward`` in order; empty when it cannot be read (``*args``)."""
     try:

@@ -7,32 +7,10 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from fxcompress.bench import Latency
 from fxcompress.pipeline import StepRecord
 
-__all__ = ["Latency", "Report"]
-
-
-@dataclass(frozen=True)
-class Latency:
-    """Latency of one engine on this machine.
-
-    Attributes:
-        p50: Median, milliseconds.
-        p95: 95th percentile, milliseconds.
-        iqr: Interquartile range, milliseconds: the spread.
-        runs: Timed calls.
-        threads: Threads of the runtime.
-        batch: Size of dimension 0 of the first input.
-        peak_rss: Peak resident memory of the timing process in bytes, 0 when not measured.
-    """
-
-    p50: float
-    p95: float
-    iqr: float
-    runs: int
-    threads: int
-    batch: int
-    peak_rss: int = 0
+__all__ = ["Report"]
 
 
 @dataclass
@@ -100,7 +78,7 @@ class Report:
         lines = [f"{self.model} -> {self.target} {self.precision}", f"{'':14}{'before':>14}{'after':>14}   change"]
         lines += self._accuracy_line() + self._size_line() + self._latency_line() + self._count_lines()
         lines += self._parity_line() + self._layers_line()
-        lines += [f"{'gate':14}{d}" for d in self.decisions[-2:]]
+        lines += [f"{'gate':14}{d}" for d in self.decisions[-3:]]
         return "\n".join(line.rstrip() for line in lines[:12])
 
     def _accuracy_line(self) -> list[str]:
@@ -120,8 +98,8 @@ class Report:
         if "before" not in self.latency or "after" not in self.latency:
             return []
         before, after = self.latency["before"], self.latency["after"]
-        where = f"{self.target}, {after.threads} threads, batch {after.batch}, n={after.runs}, IQR {after.iqr:.2f} ms"
-        return [f"{'latency p50':14}{before.p50:>11.2f} ms{after.p50:>11.2f} ms   {self._speed_text()} ({where})"]
+        where = f"{self.target}, {after.threads} threads, batch {after.batch}, n={after.runs}, IQR {after.iqr_ms:.2f} ms"
+        return [f"{'latency p50':14}{before.p50_ms:>11.2f} ms{after.p50_ms:>11.2f} ms   {self._speed_text()} ({where})"]
 
     def _speed_text(self) -> str:
         if self.speedup is None:
@@ -134,8 +112,8 @@ class Report:
     def _count_lines(self) -> list[str]:
         (p0, p1), (m0, m1) = self.parameters, self.macs
         same = p0 == p1 and m0 == m1
-        text = f"{'MACs / params':14}{_short(m0) + ' / ' + _short(p0):>14}"
-        return [text + (f"{'same':>14}" if same else f"{_short(m1) + ' / ' + _short(p1):>14}")]
+        rows = (("MACs", m0, m1), ("parameters", p0, p1))
+        return [f"{name:14}{_short(a):>14}{'same' if same else _short(b):>14}" for name, a, b in rows]
 
     def _parity_line(self) -> list[str]:
         if not self.parity:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fxcompress.engines.base import Engine, Runner, Scratch, Shapes, check_threads, register, require, sums_in_32_bits
+from fxcompress.engines.ort_linear import gemm_form
 from fxcompress.engines.quantized import Grid, Realizer
 from fxcompress.engines.signature import IOSignature
 from fxcompress.errors import EngineError
@@ -177,7 +178,7 @@ class OnnxRuntimeTarget:
         require(self)
         portable = model if isinstance(model, PortableModel) else lower(model)
         threads = check_threads(threads)
-        ready = Realizer(portable, quantize_dequantize, integer_bias=self.scheme().integer_bias).run()
+        ready = Realizer(portable, quantize_dequantize, integer_bias=True, linear_form=gemm_form).run()
         scratch = Scratch()
         try:
             files = write_onnx(ready, scratch.path)

@@ -84,10 +84,16 @@ class Realizer:
         portable: Left untouched.
         activation: Emits the engine's form of a FakeQuantize on an activation: ``(realizer, node, grid) -> new value``.
         integer_bias: Store biases of quantized layers as int32.
+        linear_form: Rewrites quantized matrix products before the biases are stored.
     """
 
     def __init__(
-        self, portable: PortableModel, activation: Callable[[Realizer, ir.Node, Grid], ir.Value], *, integer_bias: bool
+        self,
+        portable: PortableModel,
+        activation: Callable[[Realizer, ir.Node, Grid], ir.Value],
+        *,
+        integer_bias: bool = False,
+        linear_form: Callable[[Realizer], None] | None = None,
     ) -> None:
         import onnx_ir as ir
 
@@ -96,6 +102,7 @@ class Realizer:
         self.graph = self.portable.model.graph
         self.activation = activation
         self.integer_bias = integer_bias
+        self.linear_form = linear_form
         self.notes: list[str] = []
         self.activation_scales: dict[int, Tensor] = {}
         self.weights: dict[int, _Weight] = {}
@@ -110,6 +117,8 @@ class Realizer:
             is_weight = source.const_value is not None and source.producer() is None
             new = self._weight(node, source, grid) if is_weight else self.activation(self, node, grid)
             self._take_over(node, new, None if is_weight else grid)
+        if self.linear_form is not None:
+            self.linear_form(self)
         if self.integer_bias:
             for node in list(self.graph):
                 if node.op_type in ("Conv", "ConvTranspose", "Gemm"):
@@ -127,13 +136,10 @@ class Realizer:
         return Grid(scale, zero_point, axis, qmin, qmax)
 
     def _take_over(self, node: ir.Node, new: ir.Value, grid: Grid | None) -> None:
-        old = node.outputs[0]
         if grid is not None:
             self.activation_scales[id(new)] = grid.scale
-        name, kind, shape = old.name, old.type, old.shape
-        old.replace_all_uses_with(new)
+        self.replace(node.outputs[0], new)
         self.graph.remove(node, safe=True)
-        new.name, new.type, new.shape = name, kind, shape
 
     def _weight(self, node: ir.Node, source: ir.Value, grid: Grid) -> ir.Value:
         """int8 initializer and DequantizeLinear; a transposition behind it goes into the initializer."""
@@ -216,6 +222,31 @@ class Realizer:
             stored = self.initializer(f"{source.name}_transposed", tensor.contiguous())
             node.outputs[0].replace_all_uses_with(stored)
             self.graph.remove(node, safe=True)
+
+    # ---------------------------------------------------------------------------------------------- for linear forms
+    def is_weight(self, value: ir.Value) -> bool:
+        """True for a dequantized weight."""
+        return id(value) in self.weights
+
+    def weight_shape(self, value: ir.Value) -> list[int]:
+        """Shape of a dequantized weight."""
+        return list(as_torch(self.weights[id(value)].stored).shape)
+
+    def on_grid(self, value: ir.Value) -> bool:
+        """True when a value is known to lie on a grid with one scale."""
+        scale = self._scale_of(value)
+        return scale is not None and scale.dim() == 0
+
+    def shape_constant(self, sizes: list[int]) -> ir.Value:
+        """A constant shape."""
+        return self.constant(torch.tensor(sizes, dtype=torch.int64))
+
+    def replace(self, old: ir.Value, new: ir.Value) -> None:
+        """Put ``new`` in the place, and under the name, of ``old``."""
+        name, kind, shape = old.name, old.type, old.shape
+        old.replace_all_uses_with(new)
+        old.name = f"{name}_replaced"
+        new.name, new.type, new.shape = name, kind, shape
 
     # ---------------------------------------------------------------------------------------------- emission
     def initializer(self, name: str, tensor: Tensor) -> ir.Value:
