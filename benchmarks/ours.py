@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from torch import nn
 
 from benchmarks.harness import Contestant, Json
@@ -46,6 +47,8 @@ def compile_to(
     keywords: dict[str, Any] = {"example_inputs": model.example(), "calibration": Calibration(model, count), **options}
     if target is not None:
         keywords["target"] = target
+    if model.is_text and model.length is None:
+        keywords["dynamic_shapes"] = tuple({1: torch.export.Dim("length", min=2, max=512)} for _ in model.input_names)
     if evaluate is not None:
         keywords["evaluate"] = evaluate
     engine = fxc.compile(network if network is not None else model.build(), **keywords)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,11 +17,11 @@ from fxcompress.analysis import count_macs, count_parameters
 from fxcompress.artifact import load as load_folder
 from fxcompress.capture import capture
 from fxcompress.data import CalibrationData, as_call, example_from
-from fxcompress.engines import Engine, Target, target as find_target
+from fxcompress.engines import Engine, Target
+from fxcompress.engines import target as find_target
 from fxcompress.environment import describe, peak_memory
 from fxcompress.errors import CaptureError, GateError, PassError, UsageError
 from fxcompress.ir import Program, evaluating, nonfinite_tensors
-from fxcompress.lowering import lower
 from fxcompress.parity import check_parity
 from fxcompress.passbase import Context, Pass
 from fxcompress.passes import (
@@ -118,7 +119,7 @@ def compile(
     return engine
 
 
-def load(folder: str, *, threads: int | None = None) -> Engine:
+def load(folder: str | Path, *, threads: int | None = None) -> Engine:
     """Load a saved engine. Needs neither the model's source nor pickle; every file is checked against its sha256.
 
     Raises:
@@ -237,7 +238,9 @@ class _Job:
         report = engine.report = self.report(engine)
         fallbacks = [f"{n}: {r}" for n, r in report.left] + report.notes
         if strict and fallbacks:
-            raise PassError(40, "strict: something fell back", why="; ".join(fallbacks[:10]), fix="drop strict=True to accept it")
+            raise PassError(
+                40, "strict: something fell back", why="; ".join(fallbacks[:10]), fix="drop strict=True to accept it"
+            )
         if self.accuracy and not self.accuracy["passed"]:
             error = GateError(
                 1,
@@ -252,7 +255,9 @@ class _Job:
         assert self.captured is not None and self.chosen is not None and self.baseline is not None
         chosen, captured = self.chosen, self.captured
         left = [_split(n) for r in chosen.records for n in r.notes if " stays float: " in n]
-        notes = captured.notes + [n for r in chosen.records for n in r.notes if " stays float: " not in n] + engine.notes
+        notes = (
+            captured.notes + [n for r in chosen.records for n in r.notes if " stays float: " not in n] + engine.notes
+        )
         return Report(
             model=type(self.model).__name__,
             target=engine.name,

@@ -94,7 +94,9 @@ def _texts(engine: Engine, report: Any, environment: Any, extra: Mapping[str, by
     taken = {MANIFEST, *contents, *(p.name for p in engine.files())}
     for name, content in (extra or {}).items():
         if not _is_plain(name) or name in taken:
-            raise UsageError(75, f"{name!r} cannot be the name of an extra file", fix="give a plain name that is not taken")
+            raise UsageError(
+                75, f"{name!r} cannot be the name of an extra file", fix="give a plain name that is not taken"
+            )
         contents[name] = content.encode() if isinstance(content, str) else bytes(content)
     return contents
 
@@ -123,7 +125,9 @@ def _check_replaceable(folder: Path) -> None:
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise ArtifactError(1, "the output is not a folder", where=str(folder), fix="give a new folder")
     if folder.is_dir() and any(folder.iterdir()) and not _is_ours(folder):
-        raise ArtifactError(2, "the output folder holds other files", where=str(folder), fix="give a new or empty folder")
+        raise ArtifactError(
+            2, "the output folder holds other files", where=str(folder), fix="give a new or empty folder"
+        )
 
 
 def _is_ours(folder: Path) -> bool:
@@ -202,7 +206,9 @@ def _exchange(first: Path, second: Path) -> bool:
 
 def _unwritable(folder: Path, error: OSError) -> ArtifactError:
     why = f"{error.strerror or error}" + (f" ({Path(error.filename).name})" if error.filename else "")
-    return ArtifactError(4, "the engine cannot be saved", where=str(folder), why=why, fix="nothing was written; save elsewhere")
+    return ArtifactError(
+        4, "the engine cannot be saved", where=str(folder), why=why, fix="nothing was written; save elsewhere"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ loading
@@ -231,10 +237,14 @@ def load(folder: str | Path, *, threads: int | None = None) -> Engine:
         target(name).require()
         engine = engine_class(name)(folder, signature, threads=threads, details=details, notes=notes)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ArtifactError(6, "the manifest is damaged", where=MANIFEST, why=f"{type(error).__name__}: {error}") from error
+        raise ArtifactError(
+            6, "the manifest is damaged", where=MANIFEST, why=f"{type(error).__name__}: {error}"
+        ) from error
     except UsageError as error:
         if error.id == "FXC-USAGE-071":
-            raise ArtifactError(7, "the folder was made for an engine this version does not have", why=error.what) from error
+            raise ArtifactError(
+                7, "the folder was made for an engine this version does not have", why=error.what
+            ) from error
         raise
     if REPORT in manifest["files"]:
         engine.report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
@@ -254,10 +264,14 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         if manifest["format"] != FORMAT or not isinstance(schema, int) or not isinstance(manifest["files"], dict):
             raise ValueError("it is not a manifest of fxcompress")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ArtifactError(6, "the manifest is damaged", where=str(path), why=f"{type(error).__name__}: {error}") from error
+        raise ArtifactError(
+            6, "the manifest is damaged", where=str(path), why=f"{type(error).__name__}: {error}"
+        ) from error
     if schema > SCHEMA:
         why = f"its schema is {schema}, this version reads up to {SCHEMA}"
-        raise ArtifactError(9, "the folder was written by a newer version", where=str(path), why=why, fix="upgrade fxcompress")
+        raise ArtifactError(
+            9, "the folder was written by a newer version", where=str(path), why=why, fix="upgrade fxcompress"
+        )
     return dict(manifest)
 
 

@@ -122,7 +122,7 @@ class _Attacher:
         for name in params:
             _set_tensor(layer, name, self.tensors[f"{path}.{name}"])
         for kept, slots in ((holder._parameters, layer._parameters), (holder._buffers, layer._buffers)):
-            slots.update({n: cast(Any, t) for n, t in kept.items() if not isinstance(slots.get(n), Tensor) or slots[n].is_meta})
+            slots.update({n: cast(Any, t) for n, t in kept.items() if not _is_filled(slots.get(n))})
         layer._non_persistent_buffers_set |= holder._non_persistent_buffers_set
         self.tree.replace(holder, _finished(layer, holder))
         self.placed[id(layer)] = identity
@@ -264,3 +264,8 @@ def readable_names(graph: Graph) -> None:
             name = _operator_name(node)
             stem = path if path.rpartition(".")[2] == name else f"{path}.{name}".lstrip(".")
             node._rename(re.sub(r"\W", "_", stem))
+
+
+def _is_filled(slot: Any) -> bool:
+    """Whether a parameter or buffer slot of a skeleton holds a real tensor."""
+    return isinstance(slot, Tensor) and not slot.is_meta

@@ -110,7 +110,7 @@ def _running_norm(kind: Any, call: Call, momentum: float) -> nn.Module:
     features = call.args["running_mean"].meta["val"].shape[0]
     affine = call.args["weight"] is not None
     layer = _skeleton(kind, features, eps=call.args["eps"], momentum=momentum, affine=affine, track_running_stats=True)
-    layer.num_batches_tracked = getattr(call.original, "num_batches_tracked", None)
+    layer._buffers["num_batches_tracked"] = getattr(call.original, "num_batches_tracked", None)
     return layer
 
 
@@ -170,11 +170,13 @@ def _recurrent(kind: Any) -> Callable[[Call], nn.Module | None]:
     def build(call: Call) -> nn.Module | None:
         a = call.args
         owner = call.original
-        if not isinstance(owner, kind) or getattr(owner, "proj_size", 0) or a["train"]:
+        if not isinstance(owner, kind) or getattr(owner, "proj_size", False) or a["train"]:
             return None
         options = {name: a[name] for name in ("num_layers", "bidirectional", "batch_first")}
-        layer = cast(nn.RNNBase, owner)
-        return _skeleton(kind, layer.input_size, layer.hidden_size, bias=a["has_biases"], dropout=a["dropout"], **options)
+        layer: Any = owner
+        return _skeleton(
+            kind, layer.input_size, layer.hidden_size, bias=a["has_biases"], dropout=a["dropout"], **options
+        )
 
     return build
 
@@ -197,7 +199,9 @@ RULES: dict[Any, Rule] = {
     _aten.embedding.default: Rule(_embedding, inputs=("indices",), params=(("weight", "weight"),)),
     _aten.addmm.default: Rule(_addmm, rename=(("self", "bias"), ("mat1", "input"), ("mat2", "weight"))),
     _aten.mm.default: Rule(_matmul, params=(("weight", "weight"),), rename=(("self", "input"), ("mat2", "weight"))),
-    _aten.matmul.default: Rule(_matmul, params=(("weight", "weight"),), rename=(("self", "input"), ("other", "weight"))),
+    _aten.matmul.default: Rule(
+        _matmul, params=(("weight", "weight"),), rename=(("self", "input"), ("other", "weight"))
+    ),
     _aten.lstm.input: Rule(_recurrent(nn.LSTM), inputs=("input", "hx"), params=()),
     _aten.gru.input: Rule(_recurrent(nn.GRU), inputs=("input", "hx"), params=()),
 }

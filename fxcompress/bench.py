@@ -183,7 +183,9 @@ def compare_latency(
     times: dict[str, list[float]] = {name: [] for name in engines}
     with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory(prefix="fxcompress-bench-") as folder:
         bound = {n: e.signature.bind(tuple(args), dict(kwargs or {})) for n, e in engines.items()}
-        workers = {n: stack.enter_context(_worker(n, e, bound[n], Path(folder), i)) for i, (n, e) in enumerate(engines.items())}
+        workers = {
+            n: stack.enter_context(_worker(n, e, bound[n], Path(folder), i)) for i, (n, e) in enumerate(engines.items())
+        }
         for worker in workers.values():
             worker.ask({"seconds": _WARM_UP_SECONDS, "runs": 3})
         for number in range(rounds):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ from fxcompress.examples import Plan, batch_plans, copied, other_sizes, resized
 from fxcompress.ir import Program, Signature, build_gm, evaluating, forward_names
 from fxcompress.normalize import functional_graph
 from fxcompress.preserve import preserving
+from fxcompress.tracing import symbolic_trace
 from fxcompress.tree import ParameterTree
 
 __all__ = ["capture", "from_exported", "relative_error"]
@@ -74,7 +75,9 @@ def capture(
 
 
 def from_exported(
-    exported: ExportedProgram, original: nn.Module | None = None, example: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    exported: ExportedProgram,
+    original: nn.Module | None = None,
+    example: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
 ) -> Program:
     """Bring an ``ExportedProgram`` into the normal form.
 
@@ -98,7 +101,10 @@ def from_exported(
     if tree.keys.names:
         tree.keys.install(new)
     example = example or cast(Any, exported.example_inputs)
-    in_spec, out_spec = cast(pytree.TreeSpec, exported.call_spec.in_spec), cast(pytree.TreeSpec, exported.call_spec.out_spec)
+    in_spec, out_spec = (
+        cast(pytree.TreeSpec, exported.call_spec.in_spec),
+        cast(pytree.TreeSpec, exported.call_spec.out_spec),
+    )
     program = Program(new.eval(), _signature(original, in_spec, out_spec), example, notes)
     program.recompile()
     program.verify()
@@ -127,7 +133,10 @@ def _require_initialized(model: nn.Module) -> None:
     lazy = [name for name, tensor in tensors if is_lazy(tensor)]
     if lazy:
         raise CaptureError(
-            6, "the model has parameters without a shape", where=", ".join(lazy), fix="call the model once before capturing it"
+            6,
+            "the model has parameters without a shape",
+            where=", ".join(lazy),
+            fix="call the model once before capturing it",
         )
 
 
@@ -166,19 +175,20 @@ class _Capture:
             plans = [Plan("the given dynamic shapes", self.args, self.kwargs, dynamic_shapes)]
         else:
             plans = [*(batch_plans(self.args, self.kwargs) if dynamic_batch else []), fixed]
-        for name, tracer in (("torch.export", _unchanged), ("torch.fx", self.traced)):
+        for strategy in ("torch.export", "torch.fx"):
             for plan in plans:
-                program = self.attempt(f"{name} with {plan.label}", tracer, plan)
+                program = self.attempt(strategy, plan)
                 if program is not None:
-                    program.notes += self.notes + self.fallback_notes(name, plan)
+                    program.notes += self.notes + self.fallback_notes(strategy, plan)
                     return program
         raise self.error()
 
-    def attempt(self, label: str, tracer: Callable[[nn.Module], nn.Module], plan: Plan) -> Program | None:
+    def attempt(self, strategy: str, plan: Plan) -> Program | None:
         if plan.is_refinement and not _is_constraint(self.failures[-1:]):
             return None
+        self.notes = []
         try:
-            exported = _export(tracer(self.model), plan)
+            exported = _export(self.model if strategy == "torch.export" else self.traced(), plan)
             program = from_exported(exported, self.model, example=(self.args, self.kwargs))
             if plan.frees_batch and not any(program.dynamic_dims().values()):
                 raise _Mismatch("the model's code fixes the batch size")
@@ -188,14 +198,15 @@ class _Capture:
         except CaptureError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever stops one strategy, the next is tried; the error tells all
-            _log.debug("capture: %s failed", label, exc_info=True)
-            self.failures.append((label, error))
+            _log.debug("capture: %s with %s failed", strategy, plan.label, exc_info=True)
+            self.failures.append((f"{strategy} with {plan.label}", error))
         return None
 
-    def traced(self, model: nn.Module) -> GraphModule:
-        """Symbolic tracing runs forward on proxies; whatever it leaves in the model goes again."""
-        with preserving(model):
-            return torch.fx.symbolic_trace(model)
+    def traced(self) -> GraphModule:
+        gm, passed_over = symbolic_trace(self.model, self.args, self.kwargs)
+        if passed_over:
+            self.notes.append(f"checks of tensor values are not part of the program: {', '.join(passed_over)}")
+        return gm
 
     # -------------------------------------------------------------------------------------------- verification
     def check(self, program: Program) -> None:
@@ -208,8 +219,10 @@ class _Capture:
         args, kwargs = pytree.tree_unflatten(resized(program.placeholders(), leaves, sizes), program.signature.in_spec)
         try:
             reference = self.model(*copied(args), **copied(kwargs))
-        except Exception as error:
-            self.notes = [f"checked at the example's sizes only; the model itself fails with {sizes}: {_first_line(error)}"]
+        except Exception as error:  # noqa: BLE001 - the user's model at another size: any failure is theirs, and a note
+            self.notes = [
+                f"checked at the example's sizes only; the model itself fails with {sizes}: {_first_line(error)}"
+            ]
             return
         self.compare(program, reference, args, kwargs)
 
@@ -240,13 +253,10 @@ class _Capture:
         )
 
     # -------------------------------------------------------------------------------------------- reporting
-    def fallback_notes(self, name: str, plan: Plan) -> list[str]:
-        notes = []
-        if plan.shapes is None and self.failures:
-            notes.append(f"sizes are fixed: {self.failures[-1][0]} failed: {_first_line(self.failures[-1][1])}")
-        if name != "torch.export":
-            notes.append(f"captured with torch.fx; {self.failures[0][0]} failed: {_first_line(self.failures[0][1])}")
-        return notes
+    def fallback_notes(self, strategy: str, plan: Plan) -> list[str]:
+        failed = [f"{label}: {_first_line(error)}" for label, error in self.failures]
+        notes = [f"sizes are fixed; failed: {failed[-1]}"] if plan.shapes is None and failed else []
+        return notes + ([f"captured with torch.fx; failed: {failed[0]}"] if strategy == "torch.fx" else [])
 
     def error(self) -> CaptureError:
         tried = "; ".join(f"{label}: {type(e).__name__.lstrip('_')}: {_first_line(e)}" for label, e in self.failures)
@@ -267,10 +277,6 @@ class _Capture:
             fix="replace a branch or size that depends on tensor values by torch.where, torch.cond or masking, and keep such "
             "code outside forward; or capture the submodules that do not need it",
         )
-
-
-def _unchanged(model: nn.Module) -> nn.Module:
-    return model
 
 
 def _export(model: nn.Module, plan: Plan) -> ExportedProgram:

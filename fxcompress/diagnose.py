@@ -43,7 +43,10 @@ def register_dataclasses(tree: Any) -> None:
 
 
 def explain_failure(
-    error: BaseException, model: nn.Module | None = None, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    error: BaseException,
+    model: nn.Module | None = None,
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
 ) -> str:
     """The user's lines that stop capture, one obstacle a line.
 
@@ -75,7 +78,7 @@ def _draft_obstacles(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     except Exception as error:  # noqa: BLE001 - the draft stops at a hard obstacle: that one is all there is to tell
         return [line for line in [_user_frame(error)] if line]
     files = {index: name for name, index in INTERN_TABLE.items()} | dict(report.str_to_filename)
-    found = {}
+    found: dict[str, None] = {}
     for failure in report.failures:
         kind = failure.failure_type.name
         where = _failure_line(failure.data, files) or str(failure.data.get("op") or "unknown line")
@@ -111,8 +114,7 @@ def _is_random(node: Node) -> bool:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence what torch logs, warns and prints about failed attempts: capture tells it in its own words."""
-    manager = logging.root.manager.loggerDict
-    loggers = [v for k, v in manager.items() if k.startswith("torch") and isinstance(v, logging.Logger) and not v.disabled]
+    loggers = [v for k, v in logging.root.manager.loggerDict.items() if isinstance(v, logging.Logger) and _is_noise(k, v)]
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         for logger in loggers:
@@ -122,3 +124,8 @@ def quiet() -> Iterator[None]:
         finally:
             for logger in loggers:
                 logger.disabled = False
+
+
+def _is_noise(name: str, logger: logging.Logger) -> bool:
+    """``torch.__trace`` is no noise: ``draft_export`` reads its findings from there."""
+    return name.startswith("torch") and name != "torch.__trace" and not logger.disabled

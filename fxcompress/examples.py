@@ -67,7 +67,8 @@ def batch_plans(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Plan]:
         for given, tensor in zip(pytree.tree_leaves((args, kwargs)), pytree.tree_leaves(grown), strict=True):
             if is_batched(given):
                 shapes[tensor] = {0: dim}
-        plans.append(Plan(label, *grown, shapes, frees_batch=True, is_refinement=dim is Dim.AUTO))
+        grown_args, grown_kwargs = grown
+        plans.append(Plan(label, grown_args, grown_kwargs, shapes, frees_batch=True, is_refinement=dim is Dim.AUTO))
     return plans
 
 
@@ -87,7 +88,10 @@ def other_sizes(placeholders: list[Node], leaves: list[Any]) -> dict[str, int]:
 
 def resized(placeholders: list[Node], leaves: list[Any], sizes: dict[str, int]) -> list[Any]:
     """The example at other sizes: rows are repeated or left out, and repeated rows run backwards to differ."""
-    return [_resize(n.meta.get("val"), v, sizes) if isinstance(v, Tensor) else v for n, v in zip(placeholders, leaves, strict=True)]
+    return [
+        _resize(n.meta.get("val"), v, sizes) if isinstance(v, Tensor) else v
+        for n, v in zip(placeholders, leaves, strict=True)
+    ]
 
 
 def _resize(val: Any, value: Tensor, sizes: dict[str, int]) -> Tensor:

@@ -33,7 +33,10 @@ __all__ = ["Program", "Signature", "clone_tree", "node_path", "source_line"]
 
 _SYM_FUNCTIONS: frozenset[Any] = frozenset(
     {
-        *(getattr(operator, name) for name in ("add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "pow", "getitem")),
+        *(
+            getattr(operator, name)
+            for name in ("add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "pow", "getitem")
+        ),
         *(getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge", "and_", "or_")),
         *(getattr(torch, name) for name in ("sym_int", "sym_float", "sym_max", "sym_min", "sym_ite", "sym_not")),
         math.trunc,
@@ -80,14 +83,18 @@ class Signature:
             UsageError: an input is missing, unknown or given twice.
         """
         if len(args) > len(self.names):
-            raise UsageError(10, f"the program takes {len(self.names)} inputs, {len(args)} were given", fix=self._usage())
+            raise UsageError(
+                10, f"the program takes {len(self.names)} inputs, {len(args)} were given", fix=self._usage()
+            )
         bound = dict(zip(self.names, args, strict=False))
         twice = sorted(set(bound) & set(kwargs))
         bound |= kwargs
         missing = [n for n in self.names if n not in bound]
         unknown = [n for n in bound if n not in self.names]
         if missing or unknown or twice:
-            trouble = [f"{t} {', '.join(n)}" for t, n in (("missing", missing), ("unknown", unknown), ("twice", twice)) if n]
+            trouble = [
+                f"{t} {', '.join(n)}" for t, n in (("missing", missing), ("unknown", unknown), ("twice", twice)) if n
+            ]
             raise UsageError(11, f"inputs do not fit the captured call: {'; '.join(trouble)}", fix=self._usage())
         ordered = [bound[n] for n in self.names]
         cut = self.n_positional
@@ -100,7 +107,9 @@ class Signature:
             return list(self.in_spec.flatten_up_to(call))
         except ValueError as error:
             what = "the structure of the inputs is not the captured one"
-            raise UsageError(12, what, why=str(error), fix="nest tuples, lists and dicts as in the captured example") from error
+            raise UsageError(
+                12, what, why=str(error), fix="nest tuples, lists and dicts as in the captured example"
+            ) from error
 
     def unflatten(self, leaves: list[Any]) -> Any:
         """The output in the structure the user's model returns."""

@@ -20,7 +20,7 @@ from torch.fx.node import map_arg
 from fxcompress.ir import source_line
 from fxcompress.views import MutationError, call, put_back, sizes_of
 
-__all__ = ["Mutations", "MutationError", "is_mutable", "remove_mutation"]
+__all__ = ["MutationError", "Mutations", "is_mutable", "remove_mutation"]
 
 _aten = torch.ops.aten
 #: Change a tensor's shape in place, not its values.
@@ -92,7 +92,9 @@ class _Alias:
 
 def is_mutable(node: Node) -> bool:
     """True for operators that write into an argument."""
-    return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    return (
+        node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    )
 
 
 def remove_mutation(gm: GraphModule) -> Mutations:
@@ -202,7 +204,9 @@ class _Remover:
                 self.add(node, self.view_of(alias, view, source, node, is_piece))
                 return
         if memory in self.roots:
-            raise MutationError(f"{node.name} shares memory with {self.roots[memory].node.name} in a way that is not known")
+            raise MutationError(
+                f"{node.name} shares memory with {self.roots[memory].node.name} in a way that is not known"
+            )
         self.roots[memory] = _Alias(node, self.clock)
         self.add(node, self.roots[memory])
 

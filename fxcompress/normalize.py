@@ -13,7 +13,7 @@ from torch.fx.node import map_arg
 
 from fxcompress.errors import CaptureError
 from fxcompress.ir import source_line
-from fxcompress.mutation import Mutations, MutationError, is_mutable, remove_mutation
+from fxcompress.mutation import MutationError, Mutations, is_mutable, remove_mutation
 
 __all__ = ["functional_graph", "inline_regions", "restore_batch_norm", "strip_guards"]
 
@@ -30,7 +30,7 @@ def functional_graph(exported: ExportedProgram) -> tuple[GraphModule, list[str]]
     Raises:
         CaptureError: the outputs depend on a buffer or parameter that forward writes.
     """
-    gm = cast(GraphModule, exported.module(check_guards=False))
+    gm = exported.module(check_guards=False)
     notes: list[str] = []
     try:
         mutations = _normalize(gm)
@@ -203,7 +203,9 @@ def restore_batch_norm(gm: GraphModule) -> None:
             continue
         x, weight, bias, mean, var, momentum, eps = node.args
         with gm.graph.inserting_before(node):
-            new = gm.graph.call_function(_aten.batch_norm.default, (x, weight, bias, mean, var, False, momentum, eps, True))
+            new = gm.graph.call_function(
+                _aten.batch_norm.default, (x, weight, bias, mean, var, False, momentum, eps, True)
+            )
         new.meta = {**node.meta, "val": node.meta["val"][0]}
         for user in list(node.users):
             user.replace_all_uses_with(new)

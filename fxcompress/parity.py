@@ -99,7 +99,10 @@ class Comparison:
     def __str__(self) -> str:
         width = max([len(r.name) for r in self.rows] + [4])
         head = f"{'name':{width}}  {'max abs':>10}  {'rel. L2':>9}  {'SQNR dB':>8}  {'cosine':>9}"
-        lines = [f"{r.name:{width}}  {r.max_abs:10.3g}  {r.rel_l2:9.2e}  {r.sqnr_db:8.1f}  {r.cosine:9.6f}" for r in self.rows]
+        lines = [
+            f"{r.name:{width}}  {r.max_abs:10.3g}  {r.rel_l2:9.2e}  {r.sqnr_db:8.1f}  {r.cosine:9.6f}"
+            for r in self.rows
+        ]
         return "\n".join([head, *lines])
 
 
@@ -124,7 +127,9 @@ def compare(a: Subject, b: Subject, *args: Any, **kwargs: Any) -> Comparison:
     del inner_a, inner_b
     outputs_a, outputs_b = (dict(_outputs(s, args, kwargs)) for s in (a, b))
     if len(outputs_a) != len(outputs_b):
-        raise UsageError(73, "the two give different numbers of outputs", why=f"{list(outputs_a)} and {list(outputs_b)}")
+        raise UsageError(
+            73, "the two give different numbers of outputs", why=f"{list(outputs_a)} and {list(outputs_b)}"
+        )
     pairs = zip(outputs_b, outputs_a.values(), outputs_b.values(), strict=True)
     return Comparison(rows + [Row.of(name, "output", x, y) for name, x, y in pairs])
 
@@ -270,9 +275,12 @@ class _Sums:
 
     def add(self, got: list[Tensor], simulated: list[Tensor], exact: list[Tensor] | None) -> float:
         """Add one sample; returns its own error."""
-        own = [_squares(g, s, e) for g, s, e in zip(got, simulated, exact or [None] * len(got), strict=True)]
+        known: list[Tensor | None] = [None] * len(got) if exact is None else list(exact)
+        own = [_squares(g, s, e) for g, s, e in zip(got, simulated, known, strict=True)]
         self.parts = self.parts or [[0.0] * 4 for _ in own]
-        self.parts = [[a + b for a, b in zip(total, new, strict=True)] for total, new in zip(self.parts, own, strict=True)]
+        self.parts = [
+            [a + b for a, b in zip(total, new, strict=True)] for total, new in zip(self.parts, own, strict=True)
+        ]
         return max((_root(p[0], p[1]) for p in own), default=0.0)
 
     def error(self) -> float:

@@ -24,7 +24,9 @@ class preserving:
     def __init__(self, module: nn.Module) -> None:
         named = list(module.named_modules())
         self._modules = [(name, m, dict(m.__dict__)) for name, m in named]
-        self._contents = [(v, copy.copy(v)) for _, m, old in self._modules for v in old.values() if type(v) in _CONTAINERS]
+        self._contents = [
+            (v, copy.copy(v)) for _, m, old in self._modules for v in old.values() if type(v) in _CONTAINERS
+        ]
         self._buffers = [(b, b._version, b.clone()) for b in _writable(module)]
 
     def __enter__(self) -> preserving:

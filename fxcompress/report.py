@@ -98,7 +98,9 @@ class Report:
         if "before" not in self.latency or "after" not in self.latency:
             return []
         before, after = self.latency["before"], self.latency["after"]
-        where = f"{self.target}, {after.threads} threads, batch {after.batch}, n={after.runs}, IQR {after.iqr_ms:.2f} ms"
+        where = (
+            f"{self.target}, {after.threads} threads, batch {after.batch}, n={after.runs}, IQR {after.iqr_ms:.2f} ms"
+        )
         return [f"{'latency p50':14}{before.p50_ms:>11.2f} ms{after.p50_ms:>11.2f} ms   {self._speed_text()} ({where})"]
 
     def _speed_text(self) -> str:
@@ -118,7 +120,9 @@ class Report:
     def _parity_line(self) -> list[str]:
         if not self.parity:
             return []
-        return [f"{'parity':14}rel. L2 {self.parity['error']:.1e} to the simulated graph (tolerance {self.parity['tolerance']:.1e})"]
+        return [
+            f"{'parity':14}rel. L2 {self.parity['error']:.1e} to the simulated graph (tolerance {self.parity['tolerance']:.1e})"
+        ]
 
     def _layers_line(self) -> list[str]:
         counted = [s for s in self.steps if "layers" in s.metrics]

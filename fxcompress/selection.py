@@ -106,7 +106,9 @@ def choose(
     best_float = times.fastest([c for c in candidates if c.precision == "float32"])
     quantized = [c for c in candidates if c.precision != "float32"]
     if not quantized:
-        return times.choice(best_float, candidates, ["float32: there is no calibration data to quantize with"] * bool(quantized))
+        return times.choice(
+            best_float, candidates, ["float32: there is no calibration data to quantize with"] * bool(quantized)
+        )
     best = times.fastest(quantized)
     decisions: list[str] = []
     if not times.beats(best, best_float):
@@ -114,7 +116,9 @@ def choose(
     return times.choice(best, [*candidates, best], decisions)
 
 
-def _try_variants(quantized: list[Candidate], best_float: Candidate, times: _Timed, decisions: list[str]) -> Candidate | None:
+def _try_variants(
+    quantized: list[Candidate], best_float: Candidate, times: _Timed, decisions: list[str]
+) -> Candidate | None:
     """Quantize only the layers that usually gain; None when float32 stays fastest."""
     worst = times.fastest(quantized)
     decisions.append(f"INT8 everywhere is not faster: {times.text(worst, best_float)}")
@@ -182,4 +186,4 @@ class _Timed:
         if chosen is not baseline:
             ratio = self.ratio(baseline, chosen)
             speedup = (ratio.low, ratio.median, ratio.high)
-        return Choice(chosen, baseline, latency | {k: v for k, v in self.latency.items()}, speedup, decisions)
+        return Choice(chosen, baseline, latency | self.latency, speedup, decisions)

@@ -81,7 +81,9 @@ def check_inputs(placeholders: list[Node], leaves: list[Any]) -> dict[str, int]:
             _check_tensor(node, val, value)
         elif isinstance(val, (int, float, str, bool, type(None))) and (type(value) is not type(val) or value != val):
             why = "values that are no tensors are fixed at capture"
-            raise UsageError(13, f"input {node.name} was captured as {val!r}, not {value!r}", why=why, fix="capture the model again")
+            raise UsageError(
+                13, f"input {node.name} was captured as {val!r}, not {value!r}", why=why, fix="capture the model again"
+            )
     known: dict[str, int] = {}
     for node, dim, size, given in _dynamic(placeholders, leaves):
         _bind(node, dim, size, given, known)
@@ -128,7 +130,9 @@ def _bind(node: Node, dim: int, size: Any, given: int, known: dict[str, int]) ->
         bounds = f"{symbol} from {lower} to {'any' if upper is None else upper}"
         raise UsageError(15, f"{where} cannot be {given}", why=f"it was captured as {expr}, {bounds}")
     if known.setdefault(str(symbol), value) != value:
-        raise UsageError(15, f"{where} is {given}", why=f"{expr} with {symbol} = {known[str(symbol)]} from an earlier input")
+        raise UsageError(
+            15, f"{where} is {given}", why=f"{expr} with {symbol} = {known[str(symbol)]} from an earlier input"
+        )
 
 
 def _bounds(symbol: Any, env: Any) -> tuple[int, int | None]:

@@ -49,7 +49,9 @@ def put_back(view: Node, piece: int | None, parent: Node, value: Node) -> Node:
 def sizes_of(graph: Graph, node: Node) -> list[Any]:
     """Sizes of a tensor node for a reshape: numbers, and nodes for what is dynamic."""
     shape = node.meta["val"].shape
-    return [s if isinstance(s, int) else call(graph, _aten.sym_size.int, (node, i), s, node) for i, s in enumerate(shape)]
+    return [
+        s if isinstance(s, int) else call(graph, _aten.sym_size.int, (node, i), s, node) for i, s in enumerate(shape)
+    ]
 
 
 def call(graph: Graph, target: Any, args: tuple[Any, ...], val: Any, like: Node) -> Node:
@@ -118,7 +120,9 @@ def _slice(graph: Graph, view: Node, piece: int | None, parent: Node, value: Nod
     if start in (None, 0) and step == 1 and (end is None or (isinstance(end, int) and end >= 2**62)):
         return value
     if step != 1 or not all(isinstance(v, (int, type(None))) for v in (start, end)) or not isinstance(size, int):
-        return call(graph, _aten.slice_scatter.default, (parent, value, dim, start, end, step), parent.meta["val"], value)
+        return call(
+            graph, _aten.slice_scatter.default, (parent, value, dim, start, end, step), parent.meta["val"], value
+        )
     first, last, _ = slice(start, end).indices(size)
     return _replace_range(graph, parent, value, dim, first, last)
 

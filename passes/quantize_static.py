@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
@@ -19,13 +17,14 @@ from torch import Tensor
 from torch.fx import Node
 
 from fxcompress.data import CalibrationData
-from fxcompress.errors import CalibrationError, FxcError, PassError, UsageError
-from fxcompress.ir import Program, evaluating, source_line
+from fxcompress.errors import PassError, UsageError
+from fxcompress.ir import Program, source_line
 from fxcompress.layers import Fused, make_fused
 from fxcompress.passbase import Context, Pass, Result
 from fxcompress.quant.bias import InputMeans, correct_bias
+from fxcompress.quant.calibration import calibrate, freeze, insert_observers
 from fxcompress.quant.fake_quantize import FakeQuantize
-from fxcompress.quant.insertion import add_quantizer, insert_quantizers
+from fxcompress.quant.insertion import add_quantizer
 from fxcompress.quant.observers import make_observer, weight_range
 from fxcompress.quant.placement import Placement, layer_name, place, weight_axis
 from fxcompress.quant.scheme import QuantScheme
@@ -83,13 +82,13 @@ class QuantizeStatic(Pass):
             raise PassError(32, "there is no layer to quantize", why=why)
         for node in placement.layers:
             _check_weight(program, node)
-        observing = _Observing(program, placement, scheme, self.calibrator)
         data = cast(Any, context.calibration)
         calls = data if isinstance(data, CalibrationData) else CalibrationData(data)
+        quantizers = insert_observers(program, placement, scheme, self.calibrator)
         means = InputMeans(program, placement.layers if self.bias_correction else [])
-        with _collecting(means):
-            observing.run(calls, self.samples)
-        notes = observing.freeze()
+        with means:
+            calibrate(program, calls, self.samples)
+        notes = freeze(quantizers)
         for node in placement.layers:
             _quantize_weight(program, node, scheme, self.weight_calibrator)
         correct_bias(program, placement.layers, means)
@@ -108,55 +107,6 @@ class QuantizeStatic(Pass):
         counts = {"layers": len(names), "values": len(placement.values), "scales": len(placement.groups)}
         changes = [f"quantized {name}" for name in dict.fromkeys(names)]
         return Result(program, changes, notes=notes, metrics={**counts, "samples": calls.seen})
-
-
-class _Observing:
-    """The float program with an observer behind every value of a placement."""
-
-    def __init__(self, program: Program, placement: Placement, scheme: QuantScheme, calibrator: str) -> None:
-        self.program = program
-        self.quantizers: dict[str, FakeQuantize] = {}
-
-        def make(group: list[Node]) -> FakeQuantize:
-            device = group[0].meta["val"].device
-            quantizer = FakeQuantize(scheme.activation, make_observer(calibrator), device)
-            self.quantizers[group[0].name] = quantizer
-            return quantizer
-
-        insert_quantizers(program, placement, make)
-
-    def run(self, data: CalibrationData, samples: int) -> None:
-        """Run the calibration data through."""
-        self.program.recompile()
-        with torch.no_grad(), evaluating(self.program.gm):
-            for number, (args, kwargs) in enumerate(data.calls(self.program, samples)):
-                try:
-                    self.program(*args, **kwargs)
-                except FxcError:
-                    raise
-                except Exception as error:
-                    what = f"the model fails on calibration batch {number + data.skipped}"
-                    raise CalibrationError(5, what, why=f"{type(error).__name__}: {error}") from error
-
-    def freeze(self) -> list[str]:
-        """Turn what was seen into grids; what the user should know about it."""
-        notes = []
-        for name, quantizer in self.quantizers.items():
-            observer = quantizer.observer
-            if observer is not None and observer.nonfinite:
-                notes.append(f"{name}: {observer.nonfinite} values were NaN or infinity and were ignored")
-            if observer is not None and observer.count and observer.low == observer.high == 0:
-                notes.append(f"{name} was always zero during calibration")
-            quantizer.freeze(name)
-        return notes
-
-
-@contextmanager
-def _collecting(means: InputMeans) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        means.stop()
 
 
 def _weight(program: Program, node: Node) -> Tensor:

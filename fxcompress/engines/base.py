@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor
 
-from fxcompress.environment import has_vnni, physical_cores
 from fxcompress.engines.signature import IOSignature
+from fxcompress.environment import has_vnni, physical_cores
 from fxcompress.errors import MissingRuntimeError, UsageError
 from fxcompress.ir import Program
 from fxcompress.quant.scheme import QuantScheme
@@ -137,7 +137,9 @@ class Engine:
         wanted = tuple(self.tap_names() if names is None else names)
         unknown = sorted(set(wanted) - set(self.tap_names()))
         if unknown:
-            raise UsageError(70, f"no tapped point is called {', '.join(unknown)}", fix=nearest(unknown[0], self.tap_names()))
+            raise UsageError(
+                70, f"no tapped point is called {', '.join(unknown)}", fix=nearest(unknown[0], self.tap_names())
+            )
         with self._lock:
             if wanted not in self._tapped:
                 self._tapped = {wanted: self._load_tapped(wanted)}
@@ -276,4 +278,3 @@ class Scratch:
     def remove(self) -> None:
         """Remove the folder now."""
         shutil.rmtree(self.path, ignore_errors=True)
-

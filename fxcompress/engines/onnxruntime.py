@@ -124,10 +124,12 @@ def quantize_dequantize(r: Realizer, node: ir.Node, grid: Grid) -> ir.Value:
     name = str(node.name)
     if not grid.fills_container:
         if grid.axis >= 0:
-            raise EngineError(5, "a per-channel activation on a narrowed grid", where=name, fix="use the container's full range")
+            raise EngineError(
+                5, "a per-channel activation on a narrowed grid", where=name, fix="use the container's full range"
+            )
         low, high = grid.limits()
         x = r.emit(node, "Clip", x, r.constant(low), r.constant(high), name=f"{name}/Clip")
-    extra = {"axis": grid.axis} if grid.axis >= 0 else {}
+    extra: dict[str, Any] = {"axis": grid.axis} if grid.axis >= 0 else {}
     scale, zero = r.constant(grid.scale), r.constant(grid.zero_point.to(grid.container))
     q = r.emit(node, "QuantizeLinear", x, scale, zero, name=f"{name}/QuantizeLinear", **extra)
     q.name = f"{name}/quantized"
@@ -138,7 +140,9 @@ def write_onnx(portable: PortableModel, folder: Path) -> list[str]:
     """Write the model; returns the file names, the model first."""
     import onnx_ir as ir
 
-    size = sum(int(v.const_value.nbytes) for v in portable.model.graph.initializers.values() if v.const_value is not None)
+    size = sum(
+        int(v.const_value.nbytes) for v in portable.model.graph.initializers.values() if v.const_value is not None
+    )
     if size < EXTERNAL_FROM:
         ir.save(portable.model, folder / MODEL)
         return [MODEL]

@@ -125,7 +125,12 @@ def compile_model(model: Any, threads: int) -> Any:
 
 def compile_options(threads: int) -> dict[str, Any]:
     """One stream on ``threads`` threads; float32 also where the processor has faster 16-bit floats."""
-    return {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1}
+    return {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": "f32",
+        "NUM_STREAMS": 1,
+    }
 
 
 def _core() -> Any:
@@ -200,7 +205,9 @@ def write_openvino(ready: PortableModel, folder: Path) -> dict[str, str]:
     model = read_model(folder / files[0])
     ov.save_model(model, str(folder / MODEL), compress_to_fp16=False)
     names = {op.get_friendly_name() for op in model.get_ordered_ops()}
-    by_tensor = {n: op.get_friendly_name() for op in model.get_ordered_ops() for o in op.outputs() for n in o.get_names()}
+    by_tensor = {
+        n: op.get_friendly_name() for op in model.get_ordered_ops() for o in op.outputs() for n in o.get_names()
+    }
     del model
     for name in files:
         (folder / name).unlink()

@@ -31,10 +31,13 @@ GRAPH = "program.json"
 WEIGHTS = "weights.safetensors"
 
 _PYTHON: dict[str, Callable[..., Any]] = {
-    **{f"operator.{n}": getattr(operator, n) for n in "add sub mul floordiv truediv mod neg pow getitem".split()},
-    **{f"operator.{n}": getattr(operator, n) for n in "eq ne lt le gt ge and_ or_".split()},
-    **{f"torch.{n}": getattr(torch, n) for n in "sym_int sym_float sym_max sym_min sym_ite sym_not".split()},
-    **{f"math.{n}": getattr(math, n) for n in "trunc floor ceil".split()},
+    **{
+        f"operator.{n}": getattr(operator, n)
+        for n in ["add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "pow", "getitem"]
+    },
+    **{f"operator.{n}": getattr(operator, n) for n in ["eq", "ne", "lt", "le", "gt", "ge", "and_", "or_"]},
+    **{f"torch.{n}": getattr(torch, n) for n in ["sym_int", "sym_float", "sym_max", "sym_min", "sym_ite", "sym_not"]},
+    **{f"math.{n}": getattr(math, n) for n in ["trunc", "floor", "ceil"]},
 }
 _PYTHON_NAMES = {function: name for name, function in _PYTHON.items()}
 _NAMESPACES = ("aten", "fxcompress")
@@ -45,7 +48,11 @@ _TORCH_LAYERS: tuple[type[nn.Module], ...] = (
 )
 _LAYERS: dict[str, type[nn.Module]] = {
     **{kind.__name__: kind for kind in _TORCH_LAYERS},
-    **{name: kind for name, kind in vars(own_layers).items() if isinstance(kind, type) and issubclass(kind, own_layers.Fused)},
+    **{
+        name: kind
+        for name, kind in vars(own_layers).items()
+        if isinstance(kind, type) and issubclass(kind, own_layers.Fused)
+    },
 }
 #: Attributes of torch's own bookkeeping and of training.
 _SKIPPED = ("observer", "_flat_weight_refs", "_flat_weights")
@@ -108,7 +115,9 @@ def _module_json(module: nn.Module, path: str, tensors: dict[str, Tensor], modul
         return
     kind = type(module).__name__
     if _LAYERS.get(kind) is not type(module):
-        raise EngineError(31, f"a layer of type {kind} cannot be written to a file", where=path, fix="use PyTorch's own layers")
+        raise EngineError(
+            31, f"a layer of type {kind} cannot be written to a file", where=path, fix="use PyTorch's own layers"
+        )
     plain = {k: v for k, v in vars(module).items() if not k.startswith("_") or k in _private(module)}
     modules[path] = {
         "kind": kind,
@@ -244,7 +253,7 @@ def _container(root: nn.Module, path: str) -> nn.Module:
 
 
 def _graph(content: dict[str, Any], root: nn.Module) -> Graph:
-    graph = Graph(root)
+    graph = Graph(root)  # type: ignore[arg-type]
     values: dict[str, Node] = {}
     for entry in content["nodes"]:
         target = _target(entry["op"], entry["target"])

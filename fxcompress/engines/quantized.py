@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Grid", "Realizer"]
 
-_MOVES = frozenset({"Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Gather", "MaxPool", "Identity", "Expand"})
+_MOVES = frozenset(
+    {"Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Gather", "MaxPool", "Identity", "Expand"}
+)
 #: Biases stay below this many steps, so that adding the product sum cannot leave 32 bits.
 _LARGEST_BIAS = 2.0**30
 
@@ -263,12 +265,18 @@ class Realizer:
 
     def constant(self, tensor: Tensor) -> ir.Value:
         """A small constant, stored once."""
-        key = (tensor.dtype, tuple(tensor.shape), bytes(tensor.contiguous().view(torch.uint8).numpy()) if tensor.dim() else tensor.item())
+        key = (
+            tensor.dtype,
+            tuple(tensor.shape),
+            bytes(tensor.contiguous().view(torch.uint8).numpy()) if tensor.dim() else tensor.item(),
+        )
         if key not in self._constants:
             self._constants[key] = self.initializer("quantization_constant", tensor)
         return self._constants[key]
 
-    def emit(self, before: ir.Node, kind: str, *inputs: ir.Value, name: str, domain: str = "", **attributes: Any) -> ir.Value:
+    def emit(
+        self, before: ir.Node, kind: str, *inputs: ir.Value, name: str, domain: str = "", **attributes: Any
+    ) -> ir.Value:
         """A node with one output, in front of ``before``."""
         node = self.ir.node(kind, inputs, attributes=attributes, domain=domain, name=name)
         node.outputs[0].name = f"{name}_output"
@@ -280,7 +288,7 @@ class Realizer:
     ) -> ir.Value:
         """``(stored - zero_point) * scale``."""
         inputs = (stored, self.constant(scale), self.constant(zero_point.to(kind)))
-        extra = {"axis": axis} if axis >= 0 else {}
+        extra: dict[str, Any] = {"axis": axis} if axis >= 0 else {}
         return self.emit(at, "DequantizeLinear", *inputs, name=f"{stored.name}/DequantizeLinear", **extra)
 
 

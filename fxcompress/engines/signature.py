@@ -89,7 +89,9 @@ class IOSignature:
         """
         leaves = self.in_tree.flatten(self._arranged(args, kwargs), "inputs")
         if len(leaves) != len(self.inputs):
-            raise UsageError(61, "the structure of the inputs is not the captured one", why=str(self.in_tree), fix=self.usage())
+            raise UsageError(
+                61, "the structure of the inputs is not the captured one", why=str(self.in_tree), fix=self.usage()
+            )
         sizes: dict[str, tuple[int, str]] = {}
         return [_checked(s, v, sizes) for s, v in zip(self.inputs, leaves, strict=True) if _is_tensor_input(s, v)]
 
@@ -161,14 +163,18 @@ def _is_tensor_input(spec: Any, value: Any) -> bool:
     if isinstance(spec, TensorSpec):
         return True
     if value is not spec and value != spec:
-        raise UsageError(62, f"an input was captured as the constant {spec!r}, now it is {value!r}", fix="capture the model again")
+        raise UsageError(
+            62, f"an input was captured as the constant {spec!r}, now it is {value!r}", fix="capture the model again"
+        )
     return False
 
 
 def _checked(spec: TensorSpec, value: Any, sizes: dict[str, tuple[int, str]]) -> Tensor:
     if not isinstance(value, Tensor):
         fix = "torch.from_numpy(array)" if type(value).__module__ == "numpy" else ""
-        raise UsageError(63, f"input {spec.name} must be a tensor", why=f"expected {spec}, got a {type(value).__name__}", fix=fix)
+        raise UsageError(
+            63, f"input {spec.name} must be a tensor", why=f"expected {spec}, got a {type(value).__name__}", fix=fix
+        )
     shape = value.shape
     if value.dtype != spec.torch_dtype or len(shape) != len(spec.shape):
         raise _mismatch(spec, value)
@@ -186,7 +192,11 @@ def _checked(spec: TensorSpec, value: Any, sizes: dict[str, tuple[int, str]]) ->
 def _mismatch(spec: TensorSpec, value: Tensor, why: str = "") -> UsageError:
     got = f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
     convert = value.dtype != spec.torch_dtype
-    fix = f"convert it: {spec.name}.to(torch.{spec.dtype})" if convert else "free sizes have a name; capture again to change others"
+    fix = (
+        f"convert it: {spec.name}.to(torch.{spec.dtype})"
+        if convert
+        else "free sizes have a name; capture again to change others"
+    )
     return UsageError(64, f"input {spec.name} does not fit: expected {spec}, got {got}", why=why, fix=fix)
 
 
@@ -195,7 +205,9 @@ def _leaf_json(spec: Any) -> dict[str, Any]:
         return {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape), "example": list(spec.example)}
     if spec is None or isinstance(spec, (bool, int, float, str)):
         return {"constant": spec}
-    raise UsageError(65, f"an input or output of type {type(spec).__name__} cannot be saved", fix="return tensors from forward")
+    raise UsageError(
+        65, f"an input or output of type {type(spec).__name__} cannot be saved", fix="return tensors from forward"
+    )
 
 
 def _leaf_from(d: dict[str, Any]) -> Any:

@@ -84,7 +84,9 @@ class Structure:
         if self.kind == "constant":
             return []
         found: list[Any] = []
-        for key, part, item in zip(self.keys or range(len(self.items)), self._parts(value, where), self.items, strict=True):
+        for key, part, item in zip(
+            self.keys or range(len(self.items)), self._parts(value, where), self.items, strict=True
+        ):
             found += item.flatten(part, f"{where}[{key!r}]")
         return found
 

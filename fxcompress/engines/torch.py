@@ -111,7 +111,9 @@ class TorchTarget:
         try:
             taps = write_graph(program, scratch.path)
             details = {"files": [GRAPH, WEIGHTS], "taps": taps}
-            engine = TorchEngine(scratch.path, IOSignature.of(program), threads=threads, details=details, program=program)
+            engine = TorchEngine(
+                scratch.path, IOSignature.of(program), threads=threads, details=details, program=program
+            )
         except BaseException:
             scratch.remove()
             raise

@@ -53,7 +53,7 @@ def lowers_module(*kinds: type[nn.Module]) -> Callable[[ModuleEmitter], ModuleEm
 
 
 def dtype_of(value: Any) -> torch.dtype:
-    """dtype of a node, or the one torch gives a Python number."""
+    """Dtype of a node, or the one torch gives a Python number."""
     value = value.meta["val"] if isinstance(value, Node) else value
     if isinstance(value, Tensor):
         return value.dtype

@@ -74,7 +74,9 @@ def _log1p(b: Builder, node: Node, a: dict[str, Any]) -> Any:
 _ACTIVATIONS = ("relu6", "hardtanh", "leaky_relu", "silu", "gelu", "hardsigmoid", "elu")
 
 
-def emit_activation(b: Builder, overload: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype) -> Any:
+def emit_activation(
+    b: Builder, overload: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype
+) -> Any:
     """An activation with its constants, on an ONNX value."""
     schema = overload._schema.arguments[1:]
     given = {s.name: s.default_value for s in schema} | dict(zip((s.name for s in schema), args, strict=False)) | kwargs
@@ -113,7 +115,9 @@ _PARAMETRIC: dict[str, Callable[[Builder, Any, dict[str, Any], torch.dtype], Any
 @lowers(*(_overload(name) for name in _ACTIVATIONS))
 def _activation(b: Builder, node: Node, a: dict[str, Any]) -> Any:
     name = str(node.target).split(".")[1]
-    return _PARAMETRIC[name](b, b.value(a["self"]), {k: b.static(v) for k, v in a.items() if k != "self"}, dtype_of(node))
+    return _PARAMETRIC[name](
+        b, b.value(a["self"]), {k: b.static(v) for k, v in a.items() if k != "self"}, dtype_of(node)
+    )
 
 
 @lowers(_aten.prelu.default, _aten._prelu_kernel.default)
@@ -152,7 +156,7 @@ def _clamp_tensor(b: Builder, node: Node, a: dict[str, Any]) -> Any:
 
 # ------------------------------------------------------------------------------------------------ two inputs
 def common_dtype(*operands: Any) -> torch.dtype:
-    """dtype torch computes in for these operands (its promotion rules; Python numbers are weak)."""
+    """Dtype torch computes in for these operands (its promotion rules; Python numbers are weak)."""
     samples = [_sample(o) for o in operands]
     dtype = torch.result_type(samples[0], samples[-1])
     for other in samples[1:-1]:
@@ -221,7 +225,11 @@ def _div(b: Builder, node: Node, a: dict[str, Any]) -> Any:
         return b.op("Div", x, y)
     if dtype.is_floating_point:
         quotient = b.op("Div", x, y)
-        return b.op("Floor", quotient) if mode == "floor" else b.cast(b.cast(quotient, dtype, torch.int64), torch.int64, dtype)
+        return (
+            b.op("Floor", quotient)
+            if mode == "floor"
+            else b.cast(b.cast(quotient, dtype, torch.int64), torch.int64, dtype)
+        )
     return b.op("Div", x, y) if mode == "trunc" else floor_divide(b, x, y)
 
 
@@ -296,7 +304,14 @@ def _masked_fill(b: Builder, node: Node, a: dict[str, Any]) -> Any:
     return b.op("Where", b.value(a["mask"], torch.bool), b.value(fill, dtype), b.value(a["self"]))
 
 
-@lowers(_aten.to.dtype, _aten.to.dtype_layout, _aten.to.device, _aten.to.other, _aten._to_copy.default, _aten.type_as.default)
+@lowers(
+    _aten.to.dtype,
+    _aten.to.dtype_layout,
+    _aten.to.device,
+    _aten.to.other,
+    _aten._to_copy.default,
+    _aten.type_as.default,
+)
 def _to(b: Builder, node: Node, a: dict[str, Any]) -> Any:
     return b.value(a["self"], dtype_of(node))
 
@@ -307,4 +322,3 @@ def _to(b: Builder, node: Node, a: dict[str, Any]) -> Any:
 )  # fmt: skip
 def _same(b: Builder, node: Node, a: dict[str, Any]) -> Any:
     return b.value(a["self"])
-

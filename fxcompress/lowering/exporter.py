@@ -10,7 +10,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,8 +20,8 @@ from torch.fx.graph import CodeGen
 from fxcompress.errors import EngineError, MissingRuntimeError
 from fxcompress.ir import Program, evaluating
 from fxcompress.lowering.builder import DOMAIN, OPSET
-from fxcompress.lowering.peephole import fold_padding
 from fxcompress.lowering.names import input_names, output_names, size_names
+from fxcompress.lowering.peephole import fold_padding
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -67,7 +67,7 @@ def _flat_export(program: Program, reason: str) -> Any:
     for node, value in zip(program.placeholders(), leaves, strict=True):
         dims = _free_dims(node)
         inputs.append(_grown(value, dims))
-        shapes.append({d: torch.export.Dim.AUTO for d in dims} if isinstance(value, Tensor) else None)
+        shapes.append(dict.fromkeys(dims, torch.export.Dim.AUTO) if isinstance(value, Tensor) else None)
     try:
         return torch.export.export(flat, tuple(inputs), dynamic_shapes=tuple(shapes), strict=False)
     except (RuntimeError, TypeError, ValueError) as error:
@@ -87,13 +87,15 @@ def _grown(value: Any, dims: list[int]) -> Any:
 
 
 def _translate(exported: Any, reason: str) -> ir.Model:
-    table = {torch.ops.fxcompress.fake_quantize.default: _fake_quantize_operator()}
+    table: dict[Any, Any] = {torch.ops.fxcompress.fake_quantize.default: _fake_quantize_operator()}
     try:
-        made = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, custom_translation_table=table, verbose=False)
+        made = torch.onnx.export(
+            exported, dynamo=True, opset_version=OPSET, custom_translation_table=table, verbose=False
+        )
     except (torch.onnx.errors.OnnxExporterError, RuntimeError, ValueError, TypeError) as error:
         raise _failed(error, reason) from error
     assert made is not None
-    model = cast("ir.Model", made.model)
+    model = made.model
     model.opset_imports[DOMAIN] = 1
     return model
 
@@ -107,7 +109,9 @@ def _fake_quantize_operator() -> Any:
         line = 'pip install "fxcompress[onnxruntime]" or "fxcompress[openvino]"'
         raise MissingRuntimeError(3, "onnxscript is not installed", why=str(error), fix=line) from error
     defs = onnx.defs.OpSchema
-    parameters = [defs.FormalParameter(n, t) for n, t in (("x", "T"), ("scale", "tensor(float)"), ("zero_point", "tensor(int32)"))]
+    parameters = [
+        defs.FormalParameter(n, t) for n, t in (("x", "T"), ("scale", "tensor(float)"), ("zero_point", "tensor(int32)"))
+    ]
     schema = defs(
         "FakeQuantize",
         DOMAIN,
@@ -139,7 +143,9 @@ def _failed(error: Exception, reason: str) -> EngineError:
 def _rename_inputs(program: Program, model: ir.Model) -> None:
     sizes = size_names(program)
     tensors = [
-        (n, p) for n, p in zip(input_names(program), program.placeholders(), strict=True) if isinstance(p.meta.get("val"), Tensor)
+        (n, p)
+        for n, p in zip(input_names(program), program.placeholders(), strict=True)
+        if isinstance(p.meta.get("val"), Tensor)
     ]
     import onnx_ir as ir
 

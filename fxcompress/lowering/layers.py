@@ -39,7 +39,10 @@ def quantized(b: Builder, x: ir.Value, module: nn.Module, path: str) -> ir.Value
     key = ("fake_quantize", id(module), id(x))
     if key not in b.memo:
         spec = module.spec
-        scale, zero_point = b.parameter(f"{path}.scale", module.scale), b.parameter(f"{path}.zero_point", module.zero_point)
+        scale, zero_point = (
+            b.parameter(f"{path}.scale", module.scale),
+            b.parameter(f"{path}.zero_point", module.zero_point),
+        )
         axis = -1 if spec.axis is None else spec.axis
         grid = {"axis": axis, "qmin": spec.qmin, "qmax": spec.qmax}
         value = b.op("FakeQuantize", x, scale, zero_point, domain=DOMAIN, **grid)
@@ -100,10 +103,17 @@ def _conv_function(b: Builder, node: Node, a: dict[str, Any]) -> Any:
     return emit_conv(b, x, weight, bias, kernel, repeat(a["stride"], dims), pads, dilation, a["groups"])
 
 
-def emit_conv(b: Builder, x: Any, weight: Any, bias: Any, kernel: Any, stride: Any, pads: Any, dilation: Any, groups: int) -> Any:
+def emit_conv(
+    b: Builder, x: Any, weight: Any, bias: Any, kernel: Any, stride: Any, pads: Any, dilation: Any, groups: int
+) -> Any:
     """Conv with explicit begin and end padding."""
     inputs = (x, weight) if bias is None else (x, weight, bias)
-    sizes = {"kernel_shape": list(kernel), "strides": list(stride), "pads": list(pads), "dilations": list(dilation)}
+    sizes: dict[str, Any] = {
+        "kernel_shape": list(kernel),
+        "strides": list(stride),
+        "pads": list(pads),
+        "dilations": list(dilation),
+    }
     return b.op("Conv", *inputs, group=groups, **sizes)
 
 
@@ -219,9 +229,18 @@ def _batch_norm(b: Builder, node: Node, layer: Any) -> Any:
 @lowers(_aten.batch_norm.default)
 def _batch_norm_function(b: Builder, node: Node, a: dict[str, Any]) -> Any:
     x, channels, dtype = a["input"], a["input"].meta["val"].shape[1], dtype_of(node)
-    weight, bias = (b.constant(torch.full((channels,), f, dtype=dtype)) if a[k] is None else b.value(a[k]) for k, f in _SCALE_SHIFT)
+    weight, bias = (
+        b.constant(torch.full((channels,), f, dtype=dtype)) if a[k] is None else b.value(a[k]) for k, f in _SCALE_SHIFT
+    )
     if not a["training"] and a["running_mean"] is not None:
-        return b.op("BatchNormalization", b.value(x), weight, bias, *map(b.value, (a["running_mean"], a["running_var"])), epsilon=a["eps"])
+        return b.op(
+            "BatchNormalization",
+            b.value(x),
+            weight,
+            bias,
+            *map(b.value, (a["running_mean"], a["running_var"])),
+            epsilon=a["eps"],
+        )
     # Statistics of the batch itself, as weight standardisation uses them.
     axes = b.ints([d for d in range(rank_of(x)) if d != 1])
     column = b.ints([channels, *[1] * (rank_of(x) - 2)])

@@ -21,7 +21,8 @@ def input_names(program: Program) -> list[str]:
     names = program.signature.names
     found = []
     for path, _ in leaves:
-        first = names[path[1].idx] if isinstance(path[1], pytree.SequenceKey) else str(path[1].key)
+        key: Any = path[1]
+        first = names[key.idx] if isinstance(key, pytree.SequenceKey) else str(key.key)
         found.append(_join([first, *map(_key, path[2:])]))
     return _distinct(found)
 

@@ -15,8 +15,8 @@ from fxcompress.errors import EngineError, MissingRuntimeError, UsageError
 from fxcompress.ir import Program
 from fxcompress.lowering import layers, recurrent, reductions, shapes
 from fxcompress.lowering.builder import DOMAIN, Builder, Unsupported
-from fxcompress.lowering.peephole import fold_padding
 from fxcompress.lowering.names import input_names, output_names, size_names
+from fxcompress.lowering.peephole import fold_padding
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -86,7 +86,10 @@ def _require_onnx() -> None:
         import onnx_ir  # noqa: F401
     except ImportError as error:
         raise MissingRuntimeError(
-            1, "ONNX is not installed", why=str(error), fix='pip install "fxcompress[onnxruntime]" or "fxcompress[openvino]"'
+            1,
+            "ONNX is not installed",
+            why=str(error),
+            fix='pip install "fxcompress[onnxruntime]" or "fxcompress[openvino]"',
         ) from error
 
 
@@ -147,7 +150,9 @@ def prune(portable: PortableModel) -> None:
     portable.taps = {tap: value for tap, value in portable.taps.items() if value in alive}
 
 
-def strip(portable: PortableModel, keep: Container[str] = (), state: Mapping[str, Tensor] | None = None) -> PortableModel:
+def strip(
+    portable: PortableModel, keep: Container[str] = (), state: Mapping[str, Tensor] | None = None
+) -> PortableModel:
     """The same model without (some of) its fake-quantizers.
 
     Args:
@@ -182,7 +187,9 @@ def _replace_weight(value: ir.Value, name: str, tensor: Tensor) -> None:
     held = ir.tensor_adapters.TorchTensor(tensor.detach(), name=name)
     old = value.const_value
     if old is None or list(old.shape) != list(tensor.shape) or old.dtype != held.dtype:
-        raise UsageError(50, f"the tensor given for {name} does not fit", why=f"{list(tensor.shape)} {tensor.dtype} for {old}")
+        raise UsageError(
+            50, f"the tensor given for {name} does not fit", why=f"{list(tensor.shape)} {tensor.dtype} for {old}"
+        )
     value.const_value = held
 
 

@@ -47,7 +47,7 @@ def _one_layer(
     parts = [b.op("Slice", s, b.ints([begin]), b.ints([end]), b.ints([0])) for s in states]
     extra = {"linear_before_reset": 1} if kind == "GRU" else {}
     direction = "bidirectional" if layer.bidirectional else "forward"
-    options = {"hidden_size": layer.hidden_size, "direction": direction, **extra}
+    options: dict[str, Any] = {"hidden_size": layer.hidden_size, "direction": direction, **extra}
     outputs = b.multi(kind, 3 if kind == "LSTM" else 2, x, w, r, bias, None, *parts, **options)
     # [length, directions, batch, hidden] -> [length, batch, directions * hidden]
     y = b.op("Reshape", b.op("Transpose", outputs[0], perm=[0, 2, 1, 3]), b.ints([0, 0, -1]))

@@ -63,7 +63,12 @@ def _cumsum(b: Builder, node: Node, a: dict[str, Any]) -> Any:
 
 
 @lowers(
-    _aten.var.correction, _aten.std.correction, _aten.var.dim, _aten.std.dim, _aten.var_mean.correction, _aten.std_mean.correction
+    _aten.var.correction,
+    _aten.std.correction,
+    _aten.var.dim,
+    _aten.std.dim,
+    _aten.var_mean.correction,
+    _aten.std_mean.correction,
 )
 def _variance(b: Builder, node: Node, a: dict[str, Any]) -> Any:
     x, shape = b.value(a["self"]), a["self"].meta["val"].shape
@@ -103,7 +108,9 @@ def _softmax(b: Builder, node: Node, a: dict[str, Any]) -> Any:
 @lowers(_aten.topk.default)
 def _topk(b: Builder, node: Node, a: dict[str, Any]) -> Any:
     count = b.sizes([a["k"]])
-    return b.multi("TopK", 2, b.value(a["self"]), count, axis=a["dim"], largest=int(a["largest"]), sorted=int(a["sorted"]))
+    return b.multi(
+        "TopK", 2, b.value(a["self"]), count, axis=a["dim"], largest=int(a["largest"]), sorted=int(a["sorted"])
+    )
 
 
 # ------------------------------------------------------------------------------------------------ pooling
@@ -116,7 +123,9 @@ def _max_pool(b: Builder, node: Node, a: dict[str, Any]) -> Any:
 @lowers(*(getattr(_aten, f"avg_pool{d}d").default for d in (1, 2, 3)))
 def _avg_pool(b: Builder, node: Node, a: dict[str, Any]) -> Any:
     dims = int(str(node.target).split("avg_pool")[1][0])
-    if a.get("divisor_override") is not None or (a["ceil_mode"] and a["count_include_pad"] and any(repeat(a["padding"], dims))):
+    if a.get("divisor_override") is not None or (
+        a["ceil_mode"] and a["count_include_pad"] and any(repeat(a["padding"], dims))
+    ):
         raise Unsupported("an average pool with its own divisor, or that counts padding beyond the edge")
     return b.op("AveragePool", b.value(a["self"]), **_window(a, dims), count_include_pad=int(a["count_include_pad"]))
 
@@ -129,7 +138,8 @@ def _window(a: dict[str, Any], dims: int) -> dict[str, Any]:
 
 
 @lowers(
-    *(getattr(_aten, f"adaptive_avg_pool{d}d").default for d in (1, 2, 3)), *(getattr(_aten, f"adaptive_max_pool{d}d").default for d in (1, 2, 3))
+    *(getattr(_aten, f"adaptive_avg_pool{d}d").default for d in (1, 2, 3)),
+    *(getattr(_aten, f"adaptive_max_pool{d}d").default for d in (1, 2, 3))
 )  # fmt: skip
 def _adaptive_pool(b: Builder, node: Node, a: dict[str, Any]) -> Any:
     kind = "Max" if "max" in str(node.target) else "Average"
@@ -138,7 +148,11 @@ def _adaptive_pool(b: Builder, node: Node, a: dict[str, Any]) -> Any:
     want = repeat(a["output_size"], dims)
     have = list(shape[-dims:])
     if all(w == 1 for w in want):
-        y: Any = b.op(f"Global{kind}Pool", x) if len(shape) == dims + 2 else b.op(f"Reduce{kind[:3]}", x, b.ints(range(-dims, 0)))
+        y: Any = (
+            b.op(f"Global{kind}Pool", x)
+            if len(shape) == dims + 2
+            else b.op(f"Reduce{kind[:3]}", x, b.ints(range(-dims, 0)))
+        )
     elif want == have:
         y = x
     elif all(isinstance(h, int) and h % w == 0 for h, w in zip(have, want, strict=True)):
@@ -153,15 +167,21 @@ def _adaptive_pool(b: Builder, node: Node, a: dict[str, Any]) -> Any:
 _RESIZE = {"nearest": "nearest", "linear": "linear", "bilinear": "linear", "bicubic": "cubic", "trilinear": "linear"}
 
 
-@lowers(*(getattr(_aten, f"upsample_{k}d").vec for k in ("nearest1", "nearest2", "nearest3", "trilinear3")), *(getattr(_aten, f"upsample_{k}2d").vec for k in ("bilinear", "bicubic")), _aten.upsample_linear1d.vec)  # fmt: skip
+@lowers(
+    *(getattr(_aten, f"upsample_{k}d").vec for k in ("nearest1", "nearest2", "nearest3", "trilinear3")),
+    *(getattr(_aten, f"upsample_{k}2d").vec for k in ("bilinear", "bicubic")),
+    _aten.upsample_linear1d.vec,
+)
 def _upsample(b: Builder, node: Node, a: dict[str, Any]) -> Any:
     mode = _RESIZE[str(node.target).split("upsample_")[1].split(".")[0][:-2]]
     sizes, factors = a["output_size"], a["scale_factors"]
-    coordinates = "align_corners" if a.get("align_corners") else "half_pixel" if mode == "cubic" else "pytorch_half_pixel"
+    coordinates = (
+        "align_corners" if a.get("align_corners") else "half_pixel" if mode == "cubic" else "pytorch_half_pixel"
+    )
     coordinates = "asymmetric" if mode == "nearest" else coordinates
     extra = {"nearest_mode": "floor"} if mode == "nearest" else {"cubic_coeff_a": -0.75} if mode == "cubic" else {}
-    attributes = {"mode": mode, "coordinate_transformation_mode": coordinates, **extra}
-    axes = {"axes": list(range(2, rank_of(node)))}
+    attributes: dict[str, Any] = {"mode": mode, "coordinate_transformation_mode": coordinates, **extra}
+    axes: dict[str, Any] = {"axes": list(range(2, rank_of(node)))}
     if sizes is not None:
         return b.op("Resize", b.value(a["input"]), None, None, b.sizes(list(sizes)), **attributes, **axes)
     scales = b.constant(torch.tensor([float(f) for f in factors], dtype=torch.float32))
@@ -217,5 +237,7 @@ def _grouped(b: Builder, a: dict[str, Any], name: str) -> Any:
     if len(shape) != 4:
         raise Unsupported("grouped-query attention on tensors that are not [batch, heads, length, width]")
     wide = b.op("Expand", b.op("Unsqueeze", value, b.ints([2])), b.ints([1, 1, heads // shape[1], 1, 1]))
-    target = b.op("Concat", b.ints([0, heads]), b.ints([-1 if not isinstance(shape[2], int) else shape[2], shape[3]]), axis=0)
+    target = b.op(
+        "Concat", b.ints([0, heads]), b.ints([-1 if not isinstance(shape[2], int) else shape[2], shape[3]]), axis=0
+    )
     return b.op("Reshape", wide, target)

@@ -147,7 +147,9 @@ def _transpose(b: Builder, node: Node, a: dict[str, Any]) -> Any:
 @lowers(_aten.movedim.int, _aten.movedim.intlist)
 def _movedim(b: Builder, node: Node, a: dict[str, Any]) -> Any:
     rank = rank_of(node)
-    source, target = ([d % rank for d in (v if isinstance(v, (list, tuple)) else [v])] for v in (a["source"], a["destination"]))
+    source, target = (
+        [d % rank for d in (v if isinstance(v, (list, tuple)) else [v])] for v in (a["source"], a["destination"])
+    )
     order: list[int] = [d for d in range(rank) if d not in source]
     for to, dim in sorted(zip(target, source, strict=True)):
         order.insert(to, dim)
@@ -206,7 +208,9 @@ def _roll(b: Builder, node: Node, a: dict[str, Any]) -> Any:
 def _flip(b: Builder, node: Node, a: dict[str, Any]) -> Any:
     dims = b.static(a["dims"])
     count = len(dims)
-    return b.op("Slice", b.value(a["self"]), b.ints([-1] * count), b.ints([-_END] * count), b.ints(dims), b.ints([-1] * count))
+    return b.op(
+        "Slice", b.value(a["self"]), b.ints([-1] * count), b.ints([-_END] * count), b.ints(dims), b.ints([-1] * count)
+    )
 
 
 # ------------------------------------------------------------------------------------------------ slices
@@ -220,7 +224,7 @@ def _slice(b: Builder, node: Node, a: dict[str, Any]) -> Any:
 
 @lowers(_aten.diff.default)
 def _diff(b: Builder, node: Node, a: dict[str, Any]) -> Any:
-    if a["n"] != 1 or a["prepend"] is not None and a["append"] is not None:
+    if a["n"] != 1 or (a["prepend"] is not None and a["append"] is not None):
         raise Unsupported("differences of higher order")
     x, dim, dtype = b.value(a["self"]), a["dim"], dtype_of(node)
     if a["prepend"] is not None:
@@ -314,7 +318,11 @@ def _split(b: Builder, node: Node, a: dict[str, Any]) -> Any:
     sizes = [t.shape[dim] for t in node.meta["val"]]
     if not all(isinstance(s, int) for s in sizes):
         raise Unsupported("a split of a dynamic dimension")
-    return b.multi("Split", len(sizes), b.value(a["self"]), b.ints(sizes), axis=dim) if len(sizes) > 1 else (b.value(a["self"]),)
+    return (
+        b.multi("Split", len(sizes), b.value(a["self"]), b.ints(sizes), axis=dim)
+        if len(sizes) > 1
+        else (b.value(a["self"]),)
+    )
 
 
 @lowers(_aten.unbind.int)

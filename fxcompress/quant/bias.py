@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
+from torch.utils.hooks import RemovableHandle
 
 from fxcompress.ir import Program
 from fxcompress.layers import Fused, TransposedLinear
@@ -15,19 +16,37 @@ from fxcompress.layers import Fused, TransposedLinear
 __all__ = ["InputMeans", "correct_bias"]
 
 
+#: A batch is represented by about this many values of each input: the mean of a channel needs no more.
+_ENOUGH = 1 << 16
+
+
 class InputMeans:
-    """Mean of every quantized layer's input per input channel, streamed (float64, one sum per channel)."""
+    """Mean of every quantized layer's input per input channel, streamed (float64, one sum per channel).
+
+    It listens while it is entered as a context manager. Of large inputs every k-th row is taken, another one each batch.
+    """
 
     def __init__(self, program: Program, layers: list[Node]) -> None:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
-        paths = {str(n.target) for n in layers if n.op == "call_module"}
-        self._handles = [program.gm.get_submodule(p).register_forward_pre_hook(self._hook(p)) for p in sorted(paths)]
+        self.batches: dict[str, int] = {}
+        paths = sorted({str(n.target) for n in layers if n.op == "call_module"})
+        self._layers = {path: program.gm.get_submodule(path) for path in paths}
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> InputMeans:
+        self._handles = [layer.register_forward_pre_hook(self._hook(p)) for p, layer in self._layers.items()]
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for handle in self._handles:
+            handle.remove()
 
     def _hook(self, path: str) -> Any:
         def update(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].detach()
-            channels = _channel_dim(module, x)
+            channels = _channel_dim(module, args[0])
+            batch = self.batches[path] = self.batches.get(path, 0) + 1
+            x = _thinned(args[0].detach(), channels, batch)
             dims = [d for d in range(x.dim()) if d != channels]
             total = (x.sum(dims) if dims else x).double()
             if math.isfinite(float(total.sum())):
@@ -36,15 +55,20 @@ class InputMeans:
 
         return update
 
-    def stop(self) -> None:
-        """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
-
     def mean(self, path: str) -> Tensor | None:
         """Mean per input channel (float64), or None when nothing was seen."""
         count = self.counts.get(path, 0)
         return self.sums[path] / count if count else None
+
+
+def _thinned(x: Tensor, channels: int, batch: int) -> Tensor:
+    """Every k-th slice along the longest dimension that is not the channels, so that about `_ENOUGH` values are left."""
+    sizes = [0 if d == channels else s for d, s in enumerate(x.shape)]
+    longest = max(sizes, default=0)
+    step = min(x.numel() // _ENOUGH, longest)
+    if step < 2:
+        return x
+    return x[(slice(None),) * sizes.index(longest) + (slice(batch % step, None, step),)]
 
 
 def _channel_dim(layer: nn.Module, x: Tensor) -> int:

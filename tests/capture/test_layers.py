@@ -275,7 +275,9 @@ def test_own_parametrization_and_standardized_convolution() -> None:
 
     linear = nn.Linear(4, 4)
     parametrize.register_parametrization(linear, "weight", Symmetric())
-    program = check_capture(nn.Sequential(Standardized(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear), images(size=6))
+    program = check_capture(
+        nn.Sequential(Standardized(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear), images(size=6)
+    )
     assert layer_types(program) == {}
 
 

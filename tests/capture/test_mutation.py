@@ -234,7 +234,11 @@ class Counter(nn.Module):
 def test_state_that_no_output_reads_is_dropped_with_a_note() -> None:
     model = Counter()
     program = capture(model, (torch.randn(1, 6),))
-    assert len(program.notes) == 1 and "forward writes calls" in program.notes[0] and "test_mutation.py:" in program.notes[0]
+    assert (
+        len(program.notes) == 1
+        and "forward writes calls" in program.notes[0]
+        and "test_mutation.py:" in program.notes[0]
+    )
     assert model.calls == 0 and model.python_calls == 0 and model.seen == []
     x = torch.randn(3, 6)
     assert torch.equal(program(x), model.eval()(x))

@@ -12,7 +12,15 @@ from torch.export import Dim
 
 from fxcompress.capture import capture, from_exported
 from fxcompress.errors import UsageError
-from tests.helpers.capture_checks import Inputs, assert_same_outputs, check_capture, floats, functions, images, layer_types
+from tests.helpers.capture_checks import (
+    Inputs,
+    assert_same_outputs,
+    check_capture,
+    floats,
+    functions,
+    images,
+    layer_types,
+)
 
 
 @dataclass
@@ -64,7 +72,13 @@ class Inputs4(nn.Module):
         self.fc = nn.Linear(4, 4)
 
     def forward(
-        self, x: Tensor, pair: tuple[Tensor, dict[str, Tensor]], *, scale: float = 1.0, mask: Tensor | None = None, flag: bool = True
+        self,
+        x: Tensor,
+        pair: tuple[Tensor, dict[str, Tensor]],
+        *,
+        scale: float = 1.0,
+        mask: Tensor | None = None,
+        flag: bool = True,
     ) -> Tensor:
         y = self.fc(x) * scale + pair[0] - pair[1]["b"] * 2 + pair[1]["a"]
         return y if mask is None or not flag else y * mask
@@ -80,7 +94,9 @@ def test_nested_and_keyword_inputs() -> None:
     assert program.signature.names == ("x", "pair", "mask", "scale")
     (x, pair), kwargs = nested(2)
     expected = program(x, pair, **kwargs)
-    assert torch.equal(program(scale=0.5, pair=(pair[0], dict(reversed(pair[1].items()))), mask=kwargs["mask"], x=x), expected)
+    assert torch.equal(
+        program(scale=0.5, pair=(pair[0], dict(reversed(pair[1].items()))), mask=kwargs["mask"], x=x), expected
+    )
 
 
 MISTAKES: dict[str, tuple[str, Any]] = {
@@ -148,7 +164,9 @@ def test_dataclass_input() -> None:
 
 # ------------------------------------------------------------------------------------------------ sizes
 def test_batch_is_free_and_nothing_else() -> None:
-    program = check_capture(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(64, 5)), images(size=6), batches=(1, 3, 7))
+    program = check_capture(
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(64, 5)), images(size=6), batches=(1, 3, 7)
+    )
     assert [list(dims) for dims in program.dynamic_dims().values()] == [[0]]
 
 
@@ -186,7 +204,9 @@ def test_a_fixed_batch_is_said_and_kept(kind: str, example: int) -> None:
 @pytest.mark.parametrize("example", [1, 4])
 def test_a_branch_on_batch_one_is_found(example: int) -> None:
     """Export takes the branch of the traced batch without a word: running batch 1 as well tells."""
-    program = check_capture(FixesBatch("branch"), floats(4), example=example, batches=(example,), notes=("sizes are fixed",))
+    program = check_capture(
+        FixesBatch("branch"), floats(4), example=example, batches=(example,), notes=("sizes are fixed",)
+    )
     assert "differ" in program.notes[0]
 
 
@@ -255,7 +275,12 @@ def test_multiple_of_a_size() -> None:
 
 # ------------------------------------------------------------------------------------------------ train and eval
 def small_cnn() -> nn.Sequential:
-    block = [nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8, momentum=0.2), nn.ReLU(inplace=True), nn.Dropout2d(0.0)]
+    block = [
+        nn.Conv2d(3, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8, momentum=0.2),
+        nn.ReLU(inplace=True),
+        nn.Dropout2d(0.0),
+    ]
     return nn.Sequential(*block, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(72, 6), nn.BatchNorm1d(6, momentum=None))
 
 
@@ -346,7 +371,9 @@ def test_capture_from_an_exported_program() -> None:
     exported = torch.export.export(model, (x,), dynamic_shapes=({0: Dim.AUTO},))
     program = from_exported(exported)
     assert set(program.gm.state_dict()) == set(model.state_dict())
-    assert sorted(layer_types(program).values()) == sorted(type(m).__name__ for m in model if not isinstance(m, (nn.ReLU, nn.MaxPool2d, nn.Flatten)))
+    assert sorted(layer_types(program).values()) == sorted(
+        type(m).__name__ for m in model if not isinstance(m, (nn.ReLU, nn.MaxPool2d, nn.Flatten))
+    )
     y = torch.randn(5, 3, 6, 6)
     assert torch.equal(program(y), model(y))
 
@@ -377,7 +404,10 @@ def test_nonfinite_weights_are_captured() -> None:
 
 def test_bfloat16_and_double() -> None:
     for dtype in (torch.bfloat16, torch.float64):
-        check_capture(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)).to(dtype), lambda b, d=dtype: ((torch.randn(b, 4, dtype=d),), {}))
+        check_capture(
+            nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)).to(dtype),
+            lambda b, d=dtype: ((torch.randn(b, 4, dtype=d),), {}),
+        )
 
 
 def test_autocast_inside_forward() -> None:

@@ -31,7 +31,11 @@ def resnet(**options: int) -> nn.Module:
 
 def mobilenet_v3() -> nn.Module:
     conf = partial(models.mobilenetv3.InvertedResidualConfig, dilation=1, width_mult=1.0)
-    setting = [conf(16, 3, 16, 16, True, "RE", 2), conf(16, 3, 32, 24, False, "RE", 2), conf(24, 5, 48, 24, True, "HS", 1)]
+    setting = [
+        conf(16, 3, 16, 16, True, "RE", 2),
+        conf(16, 3, 32, 24, False, "RE", 2),
+        conf(24, 5, 48, 24, True, "HS", 1),
+    ]
     return models.MobileNetV3(setting, 64, num_classes=5)
 
 
@@ -44,11 +48,15 @@ def efficientnet() -> nn.Module:
 def efficientnet_v2() -> nn.Module:
     plain, fused = models.efficientnet.MBConvConfig, models.efficientnet.FusedMBConvConfig
     setting = [fused(1, 3, 1, 16, 8, 2), fused(4, 3, 2, 8, 16, 2), plain(4, 3, 2, 16, 24, 2, 1.0, 1.0)]
-    return models.EfficientNet(setting, 0.2, num_classes=5, last_channel=64, norm_layer=partial(nn.BatchNorm2d, eps=1e-3))
+    return models.EfficientNet(
+        setting, 0.2, num_classes=5, last_channel=64, norm_layer=partial(nn.BatchNorm2d, eps=1e-3)
+    )
 
 
 def regnet() -> nn.Module:
-    parameters = models.regnet.BlockParams.from_init_params(depth=5, w_0=16, w_a=10.0, w_m=2.0, group_width=8, se_ratio=0.25)
+    parameters = models.regnet.BlockParams.from_init_params(
+        depth=5, w_0=16, w_a=10.0, w_m=2.0, group_width=8, se_ratio=0.25
+    )
     return models.RegNet(parameters, num_classes=5)
 
 

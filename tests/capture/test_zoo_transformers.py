@@ -13,10 +13,30 @@ T = pytest.importorskip("transformers", reason="needs transformers", exc_type=Im
 
 TEXT = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 ENCODER = {**TEXT, "max_position_embeddings": 64}
-DECODER = {**ENCODER, "num_key_value_heads": 2, "use_cache": False, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+DECODER = {
+    **ENCODER,
+    "num_key_value_heads": 2,
+    "use_cache": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 GPT = {"vocab_size": 99, "n_layer": 2, "n_head": 4, "use_cache": False, "bos_token_id": 1, "eos_token_id": 2}
-VISION = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "image_size": 32}
-SPEECH = {"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 64, "num_mel_bins": 16, "decoder_attention_heads": 4}
+VISION = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "image_size": 32,
+}
+SPEECH = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "num_mel_bins": 16,
+    "decoder_attention_heads": 4,
+}
 
 
 def text(batch: int) -> Inputs:
@@ -89,7 +109,9 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[[int], Inputs]]] = {
         image_and_text,
     ),
     "whisper": (
-        lambda: T.WhisperModel(T.WhisperConfig(**SPEECH, vocab_size=99, max_source_positions=20, pad_token_id=0)).encoder,
+        lambda: (
+            T.WhisperModel(T.WhisperConfig(**SPEECH, vocab_size=99, max_source_positions=20, pad_token_id=0)).encoder
+        ),
         lambda batch: ((), {"input_features": torch.randn(batch, 16, 40)}),
     ),
     "wav2vec2": (
@@ -138,6 +160,9 @@ def test_dynamic_sequence_length(name: str) -> None:
     shapes = {key: {0: auto, 1: auto} for key in ("input_ids", "attention_mask")}
     program = capture(model, *text(2), dynamic_shapes=shapes)
     for batch, length in ((1, 8), (3, 5), (2, 17)):
-        kwargs = {"input_ids": torch.randint(3, 99, (batch, length)), "attention_mask": torch.ones(batch, length).long()}
+        kwargs = {
+            "input_ids": torch.randint(3, 99, (batch, length)),
+            "attention_mask": torch.ones(batch, length).long(),
+        }
         with torch.no_grad():
             assert_same_outputs(model(**kwargs), program(**kwargs), exact=False)

@@ -49,7 +49,9 @@ def assert_same_state(model: nn.Module, program: Program) -> None:
         assert mine[key] is tensor, f"{key} is another tensor"
 
 
-def assert_outputs(model: nn.Module, program: Program, inputs: Callable[[int], Inputs], batches: Any, exact: bool) -> None:
+def assert_outputs(
+    model: nn.Module, program: Program, inputs: Callable[[int], Inputs], batches: Any, exact: bool
+) -> None:
     """Model and program agree in eval mode on fresh inputs of each batch size."""
     with torch.no_grad():
         for batch in batches:

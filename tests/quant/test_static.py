@@ -294,11 +294,10 @@ def test_bias_correction_of_a_transposed_linear_layer() -> None:
 def test_input_means_leave_no_hook_and_skip_what_is_not_finite() -> None:
     program = capture(nn.Sequential(nn.Linear(3, 2)), (torch.zeros(2, 3),))
     node = next(n for n in program.graph.nodes if n.op == "call_module")
-    means = InputMeans(program, [node])
-    program(torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]]))
-    program(torch.tensor([[float("inf"), 0.0, 0.0], [0.0, 0.0, 0.0]]))
-    program(torch.tensor([[5.0, 2.0, 2.0]]))
-    means.stop()
+    with InputMeans(program, [node]) as means:
+        program(torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]]))
+        program(torch.tensor([[float("inf"), 0.0, 0.0], [0.0, 0.0, 0.0]]))
+        program(torch.tensor([[5.0, 2.0, 2.0]]))
     program(torch.full((9, 3), 100.0))
     mean = means.mean("0")
     assert mean is not None and mean.tolist() == [3.0, 2.0, 2.0] and mean.dtype == torch.float64
