@@ -21,7 +21,7 @@ from fxcompress.examples import Plan, batch_plans, copied, other_sizes, resized
 from fxcompress.ir import Program, Signature, build_gm, evaluating, forward_names
 from fxcompress.normalize import functional_graph
 from fxcompress.preserve import preserving
-from fxcompress.tracing import symbolic_trace
+from fxcompress.tracing import plain_outputs, symbolic_trace
 from fxcompress.tree import ParameterTree
 
 __all__ = ["capture", "from_exported", "relative_error"]
@@ -188,7 +188,7 @@ class _Capture:
             return None
         self.notes = []
         try:
-            exported = _export(self.model if strategy == "torch.export" else self.traced(), plan)
+            exported = _export(self.model, plan) if strategy == "torch.export" else plain_outputs(_export(self.traced(), plan))
             program = from_exported(exported, self.model, example=(self.args, self.kwargs))
             if plan.frees_batch and not any(program.dynamic_dims().values()):
                 raise _Mismatch("the model's code fixes the batch size")

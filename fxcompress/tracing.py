@@ -13,16 +13,17 @@ import inspect
 import linecache
 import os
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 from torch.fx import GraphModule, Proxy, Tracer
-from torch.fx.graph import CodeGen
+from torch.utils import _pytree as pytree
 
 from fxcompress.preserve import preserving
 
-__all__ = ["symbolic_trace"]
+__all__ = ["plain_outputs", "symbolic_trace"]
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 
@@ -46,15 +47,15 @@ def symbolic_trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     tracer = _Tracer()
     with preserving(model):
         graph = tracer.trace(model, fixed)
-    graph.set_codegen(_PlainOutputs())
     return GraphModule(model, graph, type(model).__name__), list(dict.fromkeys(tracer.passed_over))
 
 
-class _PlainOutputs(CodeGen):
-    """Returns plain lists and dicts where the graph holds immutable ones."""
-
-    def generate_output(self, output_args: Any, **options: Any) -> str:
-        return super().generate_output(_plain(output_args), **options)
+def plain_outputs(exported: ExportedProgram) -> ExportedProgram:
+    """The program with lists and dicts in its output where tracing left immutable ones."""
+    signature = cast(Any, exported.module_call_graph[0].signature)
+    spec = signature.out_spec
+    signature.out_spec = pytree.tree_structure(_plain(pytree.tree_unflatten(range(spec.num_leaves), spec)))
+    return exported
 
 
 def _plain(value: Any) -> Any:
@@ -68,6 +69,7 @@ def _plain(value: Any) -> Any:
 class _Tracer(Tracer):
     def __init__(self) -> None:
         super().__init__()
+        self.record_stack_traces = True
         self.passed_over: list[str] = []
 
     def to_bool(self, obj: Proxy) -> bool:

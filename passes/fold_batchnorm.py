@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
+from fxcompress.data import all_finite
 from fxcompress.ir import Program
 from fxcompress.layers import WEIGHTED_LAYERS, TransposedLinear
 from fxcompress.passbase import Context, Pass, Result
@@ -126,7 +127,7 @@ def _fold(program: Program, match: Match, folded: Any) -> str | None:
     weight, bias = folded(layer, *_scale_shift(program.module(match["norm"])))
     dtype = layer.weight.dtype
     match.nodes["weight"], match.nodes["bias"] = weight.to(dtype), bias.to(dtype)
-    finite = all(bool(torch.isfinite(match[name]).all()) for name in ("weight", "bias"))
+    finite = all_finite(match["weight"]) and all_finite(match["bias"])
     return None if finite else f"the folded weight is not finite in {str(dtype).removeprefix('torch.')}"
 
 

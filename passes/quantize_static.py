@@ -12,11 +12,10 @@ import fnmatch
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
-import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fxcompress.data import CalibrationData
+from fxcompress.data import CalibrationData, all_finite
 from fxcompress.errors import PassError, UsageError
 from fxcompress.ir import Program, source_line
 from fxcompress.layers import Fused, make_fused
@@ -116,7 +115,7 @@ def _weight(program: Program, node: Node) -> Tensor:
 
 
 def _check_weight(program: Program, node: Node) -> None:
-    if not bool(torch.isfinite(_weight(program, node)).all()):
+    if not all_finite(_weight(program, node)):
         where = f"{layer_name(node)} ({source_line(node) or node.op})"
         fix = "train or load the model again, or leave the layer out with ignore=..."
         raise PassError(33, "a weight holds NaN or infinity", where=where, fix=fix)

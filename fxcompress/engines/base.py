@@ -174,7 +174,9 @@ class Engine:
     def worker_job(self, inputs: Sequence[Tensor]) -> dict[str, Any]:
         """What ``fxcompress.bench_worker`` needs to run this engine on ``inputs``: by default a saved folder."""
         del inputs
-        return {"runtime": "folder", "model": str(self.folder), "names": []}
+        complete = (self.folder / "manifest.json").exists()
+        folder = self.folder if complete else self.save(self.folder / "saved")
+        return {"runtime": "folder", "model": str(folder), "names": []}
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self.signature.usage()}, {self.threads} threads>"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.utils.hooks import RemovableHandle
 
+from fxcompress.data import all_finite
 from fxcompress.ir import Program
 from fxcompress.layers import Fused, TransposedLinear
 
@@ -23,7 +24,7 @@ _ENOUGH = 1 << 16
 class InputMeans:
     """Mean of every quantized layer's input per input channel, streamed (float64, one sum per channel).
 
-    It listens while it is entered as a context manager. Of large inputs every k-th row is taken, another one each batch.
+    It listens while entered as a context manager. Of large inputs every k-th row is taken, another one each batch.
     """
 
     def __init__(self, program: Program, layers: list[Node]) -> None:
@@ -62,7 +63,7 @@ class InputMeans:
 
 
 def _thinned(x: Tensor, channels: int, batch: int) -> Tensor:
-    """Every k-th slice along the longest dimension that is not the channels, so that about `_ENOUGH` values are left."""
+    """Every k-th slice along the longest dimension but the channels', so that about `_ENOUGH` values are left."""
     sizes = [0 if d == channels else s for d, s in enumerate(x.shape)]
     longest = max(sizes, default=0)
     step = min(x.numel() // _ENOUGH, longest)
@@ -92,7 +93,7 @@ def correct_bias(program: Program, layers: list[Node], means: InputMeans) -> Non
         shift = _output_mean(layer, error, mean)
         old = cast(Any, layer).bias
         new = shift if old is None else old.detach().double() + shift
-        if bool(torch.isfinite(new).all()):
+        if all_finite(new):
             bias = nn.Parameter(new.to(weight.dtype), requires_grad=weight.requires_grad)
             layer._parameters["bias"] = bias
 

@@ -86,8 +86,8 @@ def freeze(quantizers: dict[str, FakeQuantize]) -> list[str]:
 def _channels_last(program: Program) -> Iterator[None]:
     """Lay convolution weights out channels-last for the time being: on CPUs the convolutions then run up to 14 % faster.
 
-    Values keep this layout from convolution to convolution. A graph that views an image as something flatter relies on
-    the plain layout and is left alone.
+    Values keep this layout from convolution to convolution. A graph that takes another view of an image relies on the
+    plain layout and is left alone.
     """
     convolutions = [] if _relies_on_layout(program) else _convolutions(program)
     plain = [layer._parameters["weight"] for layer in convolutions]
