@@ -214,7 +214,9 @@ class _Job:
                 threads=self.threads,
             )
             if simulated and candidates[-1].precision != "float32":
-                self.decisions.append("the torch target simulates INT8 in float32: no speed is gained until it is lowered")
+                self.decisions.append(
+                    "the torch target simulates INT8 in float32: no speed is gained until it is lowered"
+                )
         self.chosen, self.baseline = choice.chosen, choice.baseline
         self.decisions += choice.decisions
         self.latency, self.speedup = choice.latency, choice.speedup

@@ -188,7 +188,9 @@ class _Capture:
             return None
         self.notes = []
         try:
-            exported = _export(self.model, plan) if strategy == "torch.export" else plain_outputs(_export(self.traced(), plan))
+            exported = (
+                _export(self.model, plan) if strategy == "torch.export" else plain_outputs(_export(self.traced(), plan))
+            )
             program = from_exported(exported, self.model, example=(self.args, self.kwargs))
             if plan.frees_batch and not any(program.dynamic_dims().values()):
                 raise _Mismatch("the model's code fixes the batch size")

@@ -114,7 +114,9 @@ def _is_random(node: Node) -> bool:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence what torch logs, warns and prints about failed attempts: capture tells it in its own words."""
-    loggers = [v for k, v in logging.root.manager.loggerDict.items() if isinstance(v, logging.Logger) and _is_noise(k, v)]
+    loggers = [
+        v for k, v in logging.root.manager.loggerDict.items() if isinstance(v, logging.Logger) and _is_noise(k, v)
+    ]
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         for logger in loggers:

@@ -103,7 +103,8 @@ def choose(
     times.add(candidates)
     if not free:
         return times.choice(candidates[-1], candidates, [])
-    best_float = times.fastest([c for c in candidates if c.precision == "float32"])
+    floats = [c for c in candidates if c.precision == "float32"]
+    best_float = times.fastest(floats)
     quantized = [c for c in candidates if c.precision != "float32"]
     if not quantized:
         return times.choice(
@@ -112,12 +113,12 @@ def choose(
     best = times.fastest(quantized)
     decisions: list[str] = []
     if not times.beats(best, best_float):
-        best = _try_variants(quantized, best_float, times, decisions) or best_float
+        best = _try_variants(quantized, floats, best_float, times, decisions) or best_float
     return times.choice(best, [*candidates, best], decisions)
 
 
 def _try_variants(
-    quantized: list[Candidate], best_float: Candidate, times: _Timed, decisions: list[str]
+    quantized: list[Candidate], floats: list[Candidate], best_float: Candidate, times: _Timed, decisions: list[str]
 ) -> Candidate | None:
     """Quantize only the layers that usually gain; None when float32 stays fastest."""
     worst = times.fastest(quantized)
@@ -132,7 +133,7 @@ def _try_variants(
             partly = Candidate(full.target, "int8 (partly)", program, full.reference, full.records, left, variant.name)
             tried.append(partly.build(times.threads))
     if tried:
-        times.add([best_float, *tried])
+        times.add([*floats, *tried])
         best = times.fastest(tried)
         if times.beats(best, best_float):
             decisions.append(f"{best.variant} in INT8, the rest in float32: {times.text(best, best_float)}")

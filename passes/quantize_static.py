@@ -50,7 +50,7 @@ class QuantizeStatic(Pass):
 
     exact: ClassVar[bool] = False
     calibrator: str = "mse"
-    weight_calibrator: Literal["minmax", "mse"] = "minmax"
+    weight_calibrator: Literal["minmax", "mse"] = "mse"
     bias_correction: bool = True
     samples: int = 300
     ignore: tuple[str, ...] = ()

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+import fxcompress.lowering.layers as layers
+import fxcompress.lowering.recurrent as recurrent
+import fxcompress.lowering.reductions as reductions
+import fxcompress.lowering.shapes as shapes
 from fxcompress.errors import EngineError, MissingRuntimeError, UsageError
 from fxcompress.ir import Program
-from fxcompress.lowering import layers, recurrent, reductions, shapes
 from fxcompress.lowering.builder import DOMAIN, Builder, Unsupported
 from fxcompress.lowering.names import input_names, output_names, size_names
 from fxcompress.lowering.peephole import fold_padding
