@@ -63,7 +63,7 @@ def running_nodes(node: ast.AST, *, into_functions: bool) -> Iterator[ast.AST]:
 
 
 def imports(tree: ast.AST, *, lazy: bool = True) -> set[str]:
-    """Absolute names that ``tree`` imports; ``from a import b`` counts as ``a`` and ``a.b``."""
+    """Absolute names that ``tree`` imports; ``from a import b`` counts as ``a.b``, and as ``a`` if that is no module."""
     names: set[str] = set()
     for node in running_nodes(tree, into_functions=lazy):
         if isinstance(node, ast.Import):
@@ -71,7 +71,8 @@ def imports(tree: ast.AST, *, lazy: bool = True) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"line {node.lineno}: a relative import"
             base = node.module or ""
-            names |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+            found = {f"{base}.{alias.name}" for alias in node.names}
+            names |= found if found <= LIBRARY.keys() else found | {base}
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
             names |= {arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)}
     return names

@@ -11,12 +11,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-import fxcompress.lowering.layers as layers
-import fxcompress.lowering.recurrent as recurrent
-import fxcompress.lowering.reductions as reductions
-import fxcompress.lowering.shapes as shapes
 from fxcompress.errors import EngineError, MissingRuntimeError, UsageError
 from fxcompress.ir import Program
+from fxcompress.lowering import creation, layers, recurrent, reductions, shapes
 from fxcompress.lowering.builder import DOMAIN, Builder, Unsupported
 from fxcompress.lowering.names import input_names, output_names, size_names
 from fxcompress.lowering.peephole import fold_padding
@@ -26,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PortableModel", "lower", "strip"]
 
-_TABLES = (layers, recurrent, reductions, shapes)
+_TABLES = (creation, layers, recurrent, reductions, shapes)
 _log = logging.getLogger("fxcompress")
 
 
