@@ -192,13 +192,11 @@ def test_recipe_round_trip(pass_: Pass) -> None:
 
 
 def test_recipe_holds_every_option() -> None:
-    assert QuantizeStatic().to_dict() == {
+    given = {"calibrator": "entropy", "weight_calibrator": "minmax", "bias_correction": False, "samples": 7}
+    assert QuantizeStatic(**given, ignore=("a", "b")).to_dict() == {  # type: ignore[arg-type]
         "name": "QuantizeStatic",
-        "calibrator": "mse",
-        "weight_calibrator": "minmax",
-        "bias_correction": True,
-        "samples": 300,
-        "ignore": [],
+        **given,
+        "ignore": ["a", "b"],
     }
 
 

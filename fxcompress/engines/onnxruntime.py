@@ -171,6 +171,7 @@ class OnnxRuntimeTarget:
         return QuantScheme(
             weight=QuantSpec(8, signed=True, symmetric=True, axis=0, qmin=low, qmax=high),
             quantized_outputs=("conv",),
+            fused_activations=("relu", "relu6", "hardtanh"),  # what a clipping QuantizeLinear can stand for
             fused_residual=False,
             integer_bias=True,
             requantize_cat=True,

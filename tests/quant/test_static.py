@@ -93,7 +93,8 @@ def test_simulation_equals_naive_quantization() -> None:
     naive = Naive(model)
     naive(data.numpy().astype(np.float64))
     naive.observing = False
-    result = quantize(model, data.split(4), calibrator="minmax", bias_correction=False)
+    options = {"calibrator": "minmax", "weight_calibrator": "minmax", "bias_correction": False}
+    result = quantize(model, data.split(4), **options)
     with torch.no_grad():
         got = result.program(test).numpy().astype(np.float64)
         plain = model(test).numpy().astype(np.float64)
@@ -109,7 +110,7 @@ def test_grids() -> None:
     model, data = net(), images(12)
     naive = Naive(model)
     naive(data.numpy().astype(np.float64))
-    program = quantize(model, data.split(4), calibrator="minmax").program
+    program = quantize(model, data.split(4), calibrator="minmax", weight_calibrator="minmax").program
     activations = [m for _, m in program.layers() if isinstance(m, FakeQuantize)]
     for quantizer, (low, high) in zip(activations, naive.ranges, strict=True):
         scale = (max(high, 0) - min(low, 0)) / 255
