@@ -8,7 +8,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?=
-PYTEST_FLAGS ?=
+PYTEST_FLAGS ?= -n auto --dist worksteal
 BENCH_FLAGS ?=
 DEMO_OUT ?= demo_out
 

@@ -121,7 +121,7 @@ def measure(name: str, task: Task, options: argparse.Namespace) -> dict[str, Jso
             if contestant is not found[0]:
                 y = harness.predict(contestant, task.inputs, options.threads, trim=task.trim)
         except RuntimeError as error:
-            rows[contestant.name] = {"error": str(error)[-400:], "settings": contestant.settings}
+            rows[contestant.name] = {"error": str(error), "settings": contestant.settings}
             print(f"{name}: {contestant.name}: does not run", flush=True)
             continue
         measures = task.score(y, reference)
@@ -138,8 +138,7 @@ def main() -> None:
         if options.only in ("", name):
             task = build(options.quick)
             settings: dict[str, Json] = {"calibration": task.count, "samples": len(next(iter(task.inputs.values())))}
-            settings["quick"] = options.quick
-            print(harness.write(f"accuracy_{name}", measure(name, task, options), settings, options.threads))
+            print(harness.write(f"accuracy_{name}", measure(name, task, options), settings, options))
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def measure(side: str, count: int) -> dict[str, float]:
     begin = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).resolve().parents[1])
     if done.returncode != 0:
-        raise RuntimeError(f"{side}: {done.stderr.strip()[-1500:]}")
+        raise RuntimeError(f"{side}: {harness.last_line(done.stderr)}")
     result: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
     return {**result, "process_s": time.perf_counter() - begin}
 
@@ -132,7 +132,7 @@ def races(options: argparse.Namespace) -> None:
     results: dict[str, Json] = {"runs": rows}
     if "fxcompress" in rows:
         results["fxcompress / NNCF"] = compare(rows)
-    print(harness.write("compile_cost", results, {"images": count, "repeats": repeats}, options.threads))
+    print(harness.write("compile_cost", results, {"images": count, "repeats": repeats}, options))
 
 
 def main() -> None:

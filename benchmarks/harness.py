@@ -75,11 +75,20 @@ def _version(package: str) -> str | None:
         return None
 
 
-def write(claim: str, results: Json, settings: Json, threads: int) -> Path:
-    """Writes ``benchmarks/results/<claim>.json`` and gives its path."""
+def write(claim: str, results: Json, settings: Mapping[str, Json], options: argparse.Namespace) -> Path:
+    """Writes ``benchmarks/results/<claim>.json`` and gives its path; a quick run goes to a file of its own.
+
+    Args:
+        claim: What was measured.
+        results: The numbers.
+        settings: How they were measured.
+        options: The command line's, of :func:`arguments`.
+    """
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{claim}.json"
-    content = {"claim": claim, "environment": environment(threads), "settings": settings, "results": results}
+    only = f"_{options.only}" if getattr(options, "only", "") and options.only not in claim else ""
+    path = RESULTS / f"{claim}{only}{'_quick' if options.quick else ''}.json"
+    asked = {"quick": options.quick, "peers_only": options.peers_only, **settings}
+    content = {"claim": claim, "environment": environment(options.threads), "settings": asked, "results": results}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return path
 
@@ -107,7 +116,7 @@ def work(contestant: Contestant, act: str, inputs: Path, threads: int, *extra: s
     """Runs :mod:`benchmarks.worker` on the contestant, waits, and gives what it printed.
 
     Raises:
-        RuntimeError: The process failed; the message has the end of what it wrote.
+        RuntimeError: The process failed; the message has the last line it wrote.
     """
     command = [
         sys.executable,
@@ -129,9 +138,14 @@ def work(contestant: Contestant, act: str, inputs: Path, threads: int, *extra: s
     root = Path(__file__).resolve().parent.parent
     done = subprocess.run(command, env=variables, cwd=root, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise RuntimeError(f"{contestant.name}: {done.stderr.strip()[-1500:]}")
+        raise RuntimeError(f"{contestant.name}: {last_line(done.stderr)}")
     result: dict[str, Json] = json.loads(done.stdout.strip().splitlines()[-1])
     return result
+
+
+def last_line(text: str) -> str:
+    """The last line that says something: of a traceback, the error without anyone's paths."""
+    return ([line.strip() for line in text.splitlines() if line.strip()] or ["no message"])[-1][-400:]
 
 
 @contextlib.contextmanager

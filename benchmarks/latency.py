@@ -46,7 +46,7 @@ def screen(made: list[Contestant], model: Model, timing: Timing, kept: int) -> t
         try:
             pace[c.name] = min(harness.race([c], model.timing_input(), short).medians(c.name))
         except RuntimeError as error:
-            failed[c.name] = {"error": f"does not run: {error}"[-400:]}
+            failed[c.name] = {"error": f"does not run: {error}"}
     made = [c for c in made if c.name in pace]
     chosen = best_by_accuracy(model.name)
     for runtime in ("openvino", "onnxruntime"):
@@ -110,11 +110,7 @@ def main() -> None:
             results[name] = run(name, options)
             show(name, results[name])  # type: ignore[arg-type]
     timing = harness.timing_of(options)
-    print(
-        harness.write(
-            "latency" + (f"_{options.only}" if options.only else ""), results, timing.record(), timing.threads
-        )
-    )
+    print(harness.write("latency", results, timing.record(), options))
 
 
 if __name__ == "__main__":

@@ -54,8 +54,7 @@ def main() -> None:
             results[name] = result
             show(name, json.loads(json.dumps(result)))
     timing = harness.timing_of(options)
-    name = "never_slower" + (f"_{options.only}" if options.only else "")
-    print(harness.write(name, results, timing.record(), timing.threads))
+    print(harness.write("never_slower", results, timing.record(), options))
 
 
 if __name__ == "__main__":

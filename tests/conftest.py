@@ -1,11 +1,15 @@
 """What every test needs: skips by what the machine lacks, and torchvision on a CPU build of torch."""
 
+import os
 from importlib.util import find_spec
 
 import pytest
 import torch
 
 import benchmarks.torchvision_cpu  # noqa: F401  lets torchvision, and timm with it, import beside a CPU build of torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
+    torch.set_num_threads(1)
 
 _ONNX = ("onnx", "onnxscript")
 # marker -> modules that must be installed, and whether a CUDA device is needed

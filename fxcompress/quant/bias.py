@@ -17,7 +17,7 @@ from fxcompress.layers import Fused, TransposedLinear
 __all__ = ["InputMeans", "correct_bias"]
 
 
-#: A batch is represented by about this many values of each input: the mean of a channel needs no more.
+#: A sample is represented by about this many values of each input: the mean of a channel needs no more.
 _ENOUGH = 1 << 16
 
 
@@ -63,10 +63,10 @@ class InputMeans:
 
 
 def _thinned(x: Tensor, channels: int, batch: int) -> Tensor:
-    """Every k-th slice along the longest dimension but the channels', so that about `_ENOUGH` values are left."""
-    sizes = [0 if d == channels else s for d, s in enumerate(x.shape)]
+    """Every k-th slice along the longest spatial dimension, so that about `_ENOUGH` values of a sample are left."""
+    sizes = [0 if d in (0, channels) else s for d, s in enumerate(x.shape)]
     longest = max(sizes, default=0)
-    step = min(x.numel() // _ENOUGH, longest)
+    step = min(x.numel() // (_ENOUGH * max(len(x), 1)), longest) if x.dim() else 0
     if step < 2:
         return x
     return x[(slice(None),) * sizes.index(longest) + (slice(batch % step, None, step),)]

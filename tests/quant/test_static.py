@@ -261,6 +261,22 @@ def test_input_means_leave_no_hook_and_skip_what_is_not_finite() -> None:
     assert not isinstance(program.gm.get_submodule("0"), Fused)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_input_means_of_large_inputs(layout: torch.memory_format) -> None:
+    """Rows are left out, other ones each batch, and all samples count."""
+    program = capture(nn.Sequential(nn.Conv2d(3, 2, 1)), (torch.zeros(2, 3, 256, 256),))
+    node = next(n for n in program.graph.nodes if n.op == "call_module")
+    random = torch.Generator().manual_seed(1)
+    rows, columns = torch.linspace(-1, 1, 256)[:, None], torch.linspace(0, 3, 256)
+    batches = [torch.randn(2, 3, 256, 256, generator=random) + rows + columns for _ in range(6)]
+    with InputMeans(program, [node]) as means, torch.no_grad():
+        for batch in batches:
+            program(batch.contiguous(memory_format=layout))
+    exact = torch.cat(batches).double().mean((0, 2, 3))
+    assert means.counts["0"] < 12 * 256 * 256
+    torch.testing.assert_close(means.mean("0"), exact, atol=0.02, rtol=0)
+
+
 # ------------------------------------------------------------------------------------------------ calibrators
 @pytest.mark.parametrize("weight_calibrator", ["minmax", "mse"])
 @pytest.mark.parametrize("calibrator", ["minmax", "moving_average", "histogram", "percentile", "entropy", "mse"])
