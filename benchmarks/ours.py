@@ -60,6 +60,7 @@ def compile_to(
         "target": target,
         "calibration": count,
         "compile_s": round(time.perf_counter() - begin, 2),
+        "chosen": f"{engine.report.precision} in {engine.report.target}",
         "report": str(engine.report),
     }
     return Contestant(name or f"fxcompress → {target or 'default'}", "fxcompress", str(folder), settings)
