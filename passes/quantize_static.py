@@ -87,7 +87,7 @@ class QuantizeStatic(Pass):
         means = InputMeans(program, placement.layers if self.bias_correction else [])
         with means:
             calibrate(program, calls, self.samples)
-        notes = freeze(quantizers)
+        notes = freeze(quantizers, placement.same_scale)
         for node in placement.layers:
             _quantize_weight(program, node, scheme, self.weight_calibrator)
         correct_bias(program, placement.layers, means)
@@ -103,7 +103,7 @@ class QuantizeStatic(Pass):
         everything = names + [name for name, _ in placement.left]
         unused = [g for g in self.ignore if not any(fnmatch.fnmatchcase(n, g) for n in everything)]
         notes += [f"ignore={glob!r} matches no layer" for glob in unused]
-        counts = {"layers": len(names), "values": len(placement.values), "scales": len(placement.groups)}
+        counts = {"layers": len(names), "values": len(placement.values), "grids": len(placement.groups)}
         changes = [f"quantized {name}" for name in dict.fromkeys(names)]
         return Result(program, changes, notes=notes, metrics={**counts, "samples": calls.seen})
 

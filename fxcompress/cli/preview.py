@@ -97,7 +97,7 @@ def _preview_quantization(result: Preview, entry: StepPreview, step: QuantizeSta
     placement = result.placement = place(result.fused, scheme, step.ignore)
     entry.changes = [f"quantize {layer_name(node)}" for node in placement.layers]
     entry.notes = [f"{name} stays float: {reason}" for name, reason in placement.left]
-    entry.notes.append(f"{len(placement.values)} activations observed, {len(placement.groups)} scales")
+    entry.notes.append(f"{len(placement.values)} activations observed, {len(placement.groups)} grids")
 
 
 @dataclass(frozen=True)

@@ -62,8 +62,12 @@ def calibrate(program: Program, data: CalibrationData, samples: int) -> None:
                 raise CalibrationError(5, what, why=f"{type(error).__name__}: {error}") from error
 
 
-def freeze(quantizers: dict[str, FakeQuantize]) -> list[str]:
+def freeze(quantizers: dict[str, FakeQuantize], same_scale: list[list[Node]]) -> list[str]:
     """Turn what was observed into grids.
+
+    Args:
+        quantizers: By the name of the first value of their group.
+        same_scale: First values of groups that take the largest scale among them.
 
     Returns:
         What the user should know about the values.
@@ -79,6 +83,11 @@ def freeze(quantizers: dict[str, FakeQuantize]) -> list[str]:
         if observer is not None and observer.count and observer.low == observer.high == 0:
             notes.append(f"{name} was always zero during calibration")
         quantizer.freeze(name)
+    for values in same_scale:
+        found = [quantizers[v.name] for v in values]
+        scale = torch.stack([q.scale for q in found]).max()
+        for quantizer in found:
+            quantizer.widen(scale)
     return notes
 
 

@@ -68,6 +68,15 @@ class FakeQuantize(nn.Module):
             )
         self.set_range(*self.observer.range(self.spec))
 
+    def widen(self, scale: Tensor) -> None:
+        """Take a larger ``scale`` (shape []): the grid starts where it did and reaches further."""
+        spec = self.spec
+        if not spec.symmetric:
+            low = (spec.qmin - self.zero_point.double()) * self.scale.double()
+            zero_point = (spec.qmin - low / scale.double()).round().clamp(spec.qmin, spec.qmax)
+            self.zero_point = zero_point.to(torch.int32)
+        self.scale = scale.clone()
+
     def forward(self, x: Tensor) -> Tensor:
         """Float ``x`` of any shape; returned as it is while observing, else on the grid."""
         if self.observer is not None:

@@ -12,7 +12,8 @@ from fxcompress.analysis import node_macs
 from fxcompress.ir import Program, clone_tree
 from fxcompress.layers import Fused, make_fused
 from fxcompress.quant.fake_quantize import FakeQuantize
-from fxcompress.quant.placement import Placement, layer_name, place
+from fxcompress.quant.insertion import insert_quantizers
+from fxcompress.quant.placement import layer_name, place
 from fxcompress.quant.scheme import QuantScheme
 
 __all__ = ["Variant", "keep_layers", "variants"]
@@ -62,7 +63,7 @@ def keep_layers(plain: Program, quantized: Program, scheme: QuantScheme, ignore:
     grids = _grids(quantized)
     if not placement.layers or any(v.name not in grids for v in placement.values):
         return None
-    _insert(program, placement, grids)
+    insert_quantizers(program, placement, lambda group: cast(FakeQuantize, clone_tree(grids[group[0].name])))
     for node in placement.layers:
         if node.op == "call_module":
             _adopt(program, quantized, layer_name(node))
@@ -80,22 +81,6 @@ def _grids(quantized: Program) -> dict[str, FakeQuantize]:
         if isinstance(module, FakeQuantize):
             found[cast(Node, node.args[0]).name] = module
     return found
-
-
-def _insert(program: Program, placement: Placement, grids: dict[str, FakeQuantize]) -> None:
-    holder = nn.Module()
-    program.gm.add_module("fake_quantize", holder)
-    for group in placement.groups:
-        name = group[0].name
-        holder.add_module(name, clone_tree(grids[name]))
-        for value in group:
-            anchor = value if value.op != "placeholder" else program.placeholders()[-1]
-            with program.graph.inserting_after(anchor):
-                path = f"fake_quantize.{name}"
-                node = program.graph.create_node("call_module", path, (value,), {}, name=f"{value.name}_quantized")
-            node.meta = dict(value.meta)
-            for user in placement.values[value]:
-                user.replace_input_with(value, node)
 
 
 def _adopt(program: Program, quantized: Program, path: str) -> None:

@@ -44,6 +44,7 @@ _JOINS = {
     "silu": {_aten.silu},
     "avg_pool": {_aten.adaptive_avg_pool2d, _aten.avg_pool2d, _aten.adaptive_avg_pool1d, _aten.mean},
 }
+_CLIPS = {"relu": _aten.relu, "relu6": _aten.relu6, "hardtanh": _aten.hardtanh}
 _FUNCTIONAL = {
     "linear": {_aten.linear.default},
     "conv": {op for p in (_aten.conv1d, _aten.conv2d, _aten.conv3d) for op in (p.default, p.padding)},
@@ -59,13 +60,16 @@ class Placement:
     Attributes:
         layers: Quantized layers in execution order (``call_module``, or a functional call with a parameter weight).
         values: Values to fake-quantize, in execution order, with the users that read the quantized one.
-        groups: Sets of values that share one scale; every value is in exactly one.
+        groups: Sets of values on one grid (what meets in a concat); every value is in exactly one.
+        same_scale: Sets of groups, each named by its first value, that share their scale and keep zero points of their
+            own (what meets in an add).
         left: Layers left alone: name and reason.
     """
 
     layers: list[Node] = field(default_factory=list)
     values: dict[Node, list[Node]] = field(default_factory=dict)
     groups: list[list[Node]] = field(default_factory=list)
+    same_scale: list[list[Node]] = field(default_factory=list)
     left: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -114,8 +118,9 @@ class _Placer:
         self.quantized: dict[Node, str] = {}  # layer -> kind
         self.joins: dict[Node, str] = {}
         self.demanded: set[Node] = set()
+        self.ends: set[Node] = set()  # results of joins
         self.through: set[Node] = set()  # data movements between integers
-        self.parent: dict[Node, Node] = {}
+        self.grids, self.scales = _Sets(), _Sets()
 
     def run(self) -> Placement:
         nodes = list(self.program.graph.nodes)
@@ -126,7 +131,9 @@ class _Placer:
         for node in nodes:
             self._place_value(node)
         self._share(nodes)
-        self.result.groups = self._groups()
+        self.result.groups = self.grids.of(self.result.values)
+        leaders = [group[0] for group in self.result.groups]
+        self.result.same_scale = [found for found in self.scales.of(leaders) if len(found) > 1]
         return self.result
 
     def _choose_layer(self, node: Node) -> None:
@@ -161,9 +168,19 @@ class _Placer:
             if all(reads):
                 self.through.add(node)
             return
-        join = self._join_of(node)
-        if join is not None and self._joins_integers(node, join):
-            self.joins[node] = join
+        maker = self._clipped(node)
+        join = self._join_of(maker)
+        if join is not None and self._joins_integers(maker, join):
+            self.joins[maker] = join
+            self.ends.add(node)
+
+    def _clipped(self, node: Node) -> Node:
+        """The add whose kernel also does the clipping that ``node`` is; else ``node`` itself."""
+        packet = getattr(node.target, "overloadpacket", None)
+        if not any(packet is _CLIPS[name] for name in self.scheme.joined_activations):
+            return node
+        source = cast(Node, node.args[0])
+        return source if len(source.users) == 1 and self._join_of(source) == "add" else node
 
     def _reads_integers(self, user: Node, value: Node) -> bool:
         if user in self.quantized:
@@ -198,13 +215,13 @@ class _Placer:
         forced = self.quantized.get(node) in self.scheme.quantized_outputs
         if (node not in self.demanded and not forced) or self._passes_integers(node):
             return
-        everyone = forced or node in self.joins
+        everyone = forced or node in self.ends
         users = [u for u in node.users if everyone or self._reads_integers(u, node)]
         if users and _is_float(node) and isinstance(node.meta["val"], Tensor):
             self.result.values[node] = users
 
     def _share(self, nodes: list[Node]) -> None:
-        """One scale for all values that meet in an add or a concat."""
+        """One scale for all values that meet in an add, one grid for all that meet in a concat."""
         sources: dict[Node, list[Node]] = {}  # node -> the quantized values whose grid it is on
         for node in nodes:
             behind = [s for i in node.all_input_nodes for s in sources.get(i, [])]
@@ -213,22 +230,34 @@ class _Placer:
             elif self._passes_integers(node):
                 sources[node] = behind[:1]
             join = self.joins.get(node)
-            if join == "cat" and self.scheme.requantize_cat:
-                behind.append(node)
+            if join == "cat":
+                behind += [node] * self.scheme.requantize_cat
+                self.grids.unite(behind)
             if join in ("add", "cat"):
-                for other in behind[1:]:
-                    self.parent[self._find(other)] = self._find(behind[0])
+                self.scales.unite(behind)
+
+
+class _Sets:
+    """Disjoint sets of nodes (union-find)."""
+
+    def __init__(self) -> None:
+        self._parent: dict[Node, Node] = {}
 
     def _find(self, node: Node) -> Node:
-        while self.parent.get(node, node) is not node:
-            node = self.parent[node]
+        while self._parent.get(node, node) is not node:
+            node = self._parent[node]
         return node
 
-    def _groups(self) -> list[list[Node]]:
-        groups: dict[Node, list[Node]] = {}
-        for value in self.result.values:
-            groups.setdefault(self._find(value), []).append(value)
-        return list(groups.values())
+    def unite(self, nodes: list[Node]) -> None:
+        for other in nodes[1:]:
+            self._parent[self._find(other)] = self._find(nodes[0])
+
+    def of(self, nodes: Iterable[Node]) -> list[list[Node]]:
+        """``nodes`` by set, in the order given."""
+        found: dict[Node, list[Node]] = {}
+        for node in nodes:
+            found.setdefault(self._find(node), []).append(node)
+        return list(found.values())
 
 
 def _is_move(node: Node) -> bool:

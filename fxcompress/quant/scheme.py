@@ -23,6 +23,8 @@ class QuantScheme:
         layers: Kinds of layers whose data input and weight are quantized: ``conv``, ``conv_transpose``, ``linear``.
         joins: Operators that run on integers when a quantized layer reads their result: ``add``, ``cat``, ``mul``,
             ``avg_pool``, ``sigmoid``, ``silu``. The inputs of ``add`` and ``cat`` share one scale.
+        joined_activations: Clipping activations the engine runs in one kernel with the add before: ``relu``, ``relu6``,
+            ``hardtanh``.
         quantized_outputs: Kinds of layers that only run on integers when their own output is quantized as well.
         fused_activations: Activations the engine runs in one kernel with the layer before.
         fused_residual: The engine also runs the residual add in that kernel.
@@ -35,6 +37,7 @@ class QuantScheme:
     weight: QuantSpec = _INT8
     layers: tuple[str, ...] = ("conv", "conv_transpose", "linear")
     joins: tuple[str, ...] = ("add", "cat")
+    joined_activations: tuple[str, ...] = ("relu", "relu6", "hardtanh")
     quantized_outputs: tuple[str, ...] = ()
     fused_activations: tuple[str, ...] = ALL_ACTIVATIONS
     fused_residual: bool = True

@@ -42,7 +42,7 @@ def weight_range(w: Tensor, spec: QuantSpec, method: Literal["minmax", "mse"] = 
         UsageError: If the method is unknown or the axis does not exist.
     """
     if method not in ("minmax", "mse"):
-        raise UsageError(44, f"unknown weight range method {method!r}", fix="use 'minmax' or 'mse'")
+        raise UsageError(57, f"unknown weight range method {method!r}", fix="use 'minmax' or 'mse'")
     if not w.is_floating_point() or not w.numel():
         raise CalibrationError(41, f"a weight of dtype {w.dtype} and shape {list(w.shape)} has no quantization range")
     # 8-bit floats have no reductions.

@@ -177,7 +177,11 @@ def values(placement: Placement) -> dict[str, list[str]]:
 def shared(placement: Placement) -> list[set[str]]:
     """Values that share a scale with others."""
     names = dict(zip(placement.values, values(placement), strict=True))
-    return [{names[v] for v in group} for group in placement.groups if len(group) > 1]
+    group_of = {group[0]: group for group in placement.groups}
+    sets = [[v for leader in leaders for v in group_of[leader]] for leaders in placement.same_scale]
+    known = {v for found in sets for v in found}
+    sets += [group for group in placement.groups if len(group) > 1 and group[0] not in known]
+    return [{names[v] for v in found} for found in sets]
 
 
 def layers(placement: Placement) -> list[str]:

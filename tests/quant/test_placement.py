@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -40,17 +42,37 @@ def test_resnet() -> None:
 
 
 def test_resnet_whose_engine_fuses_no_residual() -> None:
-    """The ReLU behind the add makes what the next layer reads; the add is no integer's input, so it stays in float."""
+    """Add and ReLU are one integer kernel: one scale for both sides, and a quantizer behind the ReLU only."""
     scheme = QuantScheme(fused_residual=False)
     program = prepared(nn.Sequential(BLOCKS["resnet"][0](), conv(4, 4)), 2, 3, 8, 8, scheme=scheme)
     found = place(program, scheme)
     assert values(found) == {
         "input": ["0.0"],
-        "max_pool2d#0": ["0.3.conv1"],
+        "0.0": ["max_pool2d#0"],
         "0.3.conv1": ["0.3.conv2"],
+        "0.3.conv2": ["add#0"],
         "relu#0": ["1"],
     }
-    assert shared(found) == []
+    assert shared(found) == [{"0.0", "0.3.conv2"}]
+    assert all(len(group) == 1 for group in found.groups)  # the zero points are each one's own
+
+
+class _SumTwice(nn.Module):
+    """A sum that is read with and without its ReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = conv(4, 4), conv(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = x + self.first(x)
+        return self.second(torch.relu(total)) + total
+
+
+def test_sum_that_is_read_without_its_activation_too() -> None:
+    scheme = QuantScheme(fused_residual=False)
+    found = place(prepared(_SumTwice(), 2, 4, 8, 8, scheme=scheme), scheme)
+    assert values(found) == {"input": ["first"], "relu#0": ["second"]}
 
 
 def test_mobilenet_v2() -> None:
@@ -241,14 +263,17 @@ def test_no_quantizer_inside_a_block(name: str, scheme: str) -> None:
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("name", BLOCKS)
 def test_adds_and_concats_have_one_scale(name: str, scheme: str) -> None:
-    """When all operands are integers, they are on the same grid, that of a requantized concat included."""
+    """When all operands are integers: one scale for an add, one grid for a concat, its requantized result included."""
     program, found = inserted(name, scheme)
+    grid_of = {v: group[0] for group in found.groups for v in group}
+    scale_of = {leader: leaders[0] for leaders in found.same_scale for leader in leaders}
     for node in program.graph.nodes:
         if node.target not in (aten.add.Tensor, aten.cat.default):
             continue
         operands = [o for i in node.all_input_nodes for o in origin(program, i, SCHEMES[scheme])]
         if operands and all(is_quantizer(program, o) for o in operands) and _reads_only_integers(found, node):
-            assert len({o.target for o in operands}) == 1
+            grids = {grid_of[cast(Node, o.args[0])] for o in operands}
+            assert len(grids if node.target is aten.cat.default else {scale_of.get(g, g) for g in grids}) == 1
 
 
 def _reads_only_integers(found: Placement, node: Node) -> bool:

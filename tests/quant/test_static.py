@@ -150,7 +150,7 @@ def test_contract() -> None:
     program = Pipeline(passes=(FuseActivations(),))(capture(net(), (images(2),))).program
     result = check_pass(QuantizeStatic(), program, context=Context(calibration=[images(4)]))
     assert result.changes == [f"quantized {n}" for n in ("stem", "depthwise", "point", "head")]
-    assert result.metrics == {"layers": 4, "values": 4, "scales": 4, "samples": 4}
+    assert result.metrics == {"layers": 4, "values": 4, "grids": 4, "samples": 4}
     assert result.error is not None and 1e-4 < result.error < 0.1
 
 
@@ -244,6 +244,39 @@ def test_bias_correction_of_a_transposed_linear_layer() -> None:
         mean_error(program.gm, QuantizeStatic(bias_correction=c)(program, context).program, x) for c in (False, True)
     ]
     assert errors[1] < 0.1 * errors[0]
+
+
+def test_sides_of_an_add_have_one_scale_and_their_own_zero_points() -> None:
+    """ReLU on one side, signed values on the other: the ReLU's zero stays the smallest integer."""
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.branch, self.last = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.stem(x))
+            return self.last(torch.relu(x + self.branch(x)))
+
+    scheme = QuantScheme(fused_residual=False)
+    data = [torch.randn(4, 4, 8, 8) * 3]
+    program = capture(Residual().eval(), (data[0],))
+    program = FuseActivations()(program, Context(scheme=scheme)).program
+    program = QuantizeStatic()(program, Context(calibration=data, scheme=scheme)).program
+    stem, branch = (program.gm.get_submodule(f"fake_quantize.{name}") for name in ("stem", "branch"))
+    assert torch.equal(stem.scale, branch.scale) and stem.zero_point == 0 < branch.zero_point
+    low, high = (branch.spec.qmin - branch.zero_point) * branch.scale, (branch.spec.qmax - stem.zero_point) * stem.scale
+    assert -low > 0 and high > 0 and min(-low, high) > 0.01 * max(-low, high)
+
+
+@pytest.mark.parametrize("low", [-1.0, 0.0, -0.2])
+def test_a_wider_scale_keeps_what_the_grid_covered(low: float) -> None:
+    quantizer = FakeQuantize(QuantSpec(8, signed=False, symmetric=False))
+    quantizer.set_range(torch.tensor(low), torch.tensor(2.0))
+    values = torch.linspace(low, 2.0, 1001)
+    quantizer.widen(quantizer.scale * 1.7)
+    error = (quantizer(values) - values).abs().max()
+    assert error <= quantizer.scale and quantizer(torch.zeros(1)) == 0
 
 
 def test_input_means_leave_no_hook_and_skip_what_is_not_finite() -> None:
