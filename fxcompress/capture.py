@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -11,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
-from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from fxcompress.attach import attach_layers, readable_names
@@ -20,6 +20,7 @@ from fxcompress.errors import CaptureError
 from fxcompress.examples import Plan, batch_plans, copied, other_sizes, resized
 from fxcompress.ir import Program, Signature, build_gm, evaluating, forward_names
 from fxcompress.normalize import functional_graph
+from fxcompress.preconditions import keyword_names, require_arguments, require_plain, require_tensors
 from fxcompress.preserve import preserving
 from fxcompress.tracing import plain_outputs, symbolic_trace
 from fxcompress.tree import ParameterTree
@@ -27,8 +28,20 @@ from fxcompress.tree import ParameterTree
 __all__ = ["capture", "from_exported", "relative_error"]
 
 _log = logging.getLogger("fxcompress")
+_LOCK = threading.RLock()  # torch.export traces one model at a time
 #: What a captured graph may differ from the model by, where export decomposed an operator.
 _TOLERANCE = 1e-5
+_REWRITE = (
+    "replace a branch or size that depends on tensor values by torch.where, torch.cond or masking, and Python "
+    "numbers or NumPy by torch operators; or keep such code outside forward, and capture the submodules without it"
+)
+_REGISTER = f"give that operator a shape function with torch.library.register_fake; {_REWRITE}"
+_REFUSED_BY_AUTOGRAD = (
+    "modified inplace",
+    "in an in-place operation",
+    "automatic differentiation",
+    "Inference tensors",
+)
 
 
 def capture(
@@ -60,13 +73,23 @@ def capture(
 
     Raises:
         CaptureError: no strategy worked (every obstacle is listed with the user's line), or outputs differ.
+        UsageError: ``model`` is no module, or ``args`` no tuple.
     """
+    require_arguments(model, args)
     args, kwargs = tuple(args), dict(kwargs or {})
-    _require_initialized(model)
-    with evaluating(model), preserving(model) as kept, torch.no_grad(), torch.random.fork_rng(devices=[]), quiet():
+    require_tensors(model)
+    with (
+        _LOCK,
+        evaluating(model),
+        preserving(model) as kept,
+        torch.no_grad(),
+        torch.random.fork_rng(devices=[]),
+        quiet(),
+    ):
         reference = _reference(model, args, kwargs)
         assigned = kept.assigned()
         register_dataclasses((args, kwargs, reference))
+        require_plain(args, kwargs, reference)
         program = _Capture(model, args, kwargs, reference, verify).run(dynamic_shapes, dynamic_batch)
     if assigned:
         more = f" and {len(assigned) - 3} more" if len(assigned) > 3 else ""
@@ -126,18 +149,6 @@ def _inputs_first(graph: torch.fx.Graph) -> None:
             first = node.next
         else:
             first.prepend(node)
-
-
-def _require_initialized(model: nn.Module) -> None:
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    lazy = [name for name, tensor in tensors if is_lazy(tensor)]
-    if lazy:
-        raise CaptureError(
-            6,
-            "the model has parameters without a shape",
-            where=", ".join(lazy),
-            fix="call the model once before capturing it",
-        )
 
 
 def _reference(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -261,7 +272,10 @@ class _Capture:
         return notes + ([f"captured with torch.fx; failed: {failed[0]}"] if strategy == "torch.fx" else [])
 
     def error(self) -> CaptureError:
-        tried = "; ".join(f"{label}: {type(e).__name__.lstrip('_')}: {_first_line(e)}" for label, e in self.failures)
+        reasons: dict[str, list[str]] = {}
+        for label, e in self.failures:
+            reasons.setdefault(f"{type(e).__name__.lstrip('_')}: {_first_line(e)}", []).append(label)
+        tried = "; ".join(f"{', '.join(labels)}: {reason}" for reason, labels in reasons.items())
         if all(isinstance(e, _Mismatch) for _, e in self.failures):
             return CaptureError(
                 7,
@@ -270,20 +284,37 @@ class _Capture:
                 fix="forward probably branches on values or keeps state in a way tracing cannot see; make it depend on its "
                 "inputs alone; capture(..., verify=False) skips this check",
             )
+        if any(isinstance(e, SyntaxError) for _, e in self.failures) and keyword_names(self.model):
+            return CaptureError(
+                9,
+                f"{type(self.model).__name__} has submodules named like Python keywords",
+                where=", ".join(keyword_names(self.model)),
+                why="the code that torch generates cannot name them",
+                fix="rename them",
+            )
         obstacles = explain_failure(self.failures[0][1], self.model, self.args, self.kwargs)
         return CaptureError(
             2,
             f"{type(self.model).__name__} cannot be captured",
             where=obstacles,
             why=tried,
-            fix="replace a branch or size that depends on tensor values by torch.where, torch.cond or masking, and keep such "
-            "code outside forward; or capture the submodules that do not need it",
+            fix=_REGISTER if "register_fake" in obstacles else _REWRITE,
         )
 
 
 def _export(model: nn.Module, plan: Plan) -> ExportedProgram:
-    """Export with gradients on, so that the user's own ``no_grad`` regions are seen."""
-    with torch.enable_grad():
+    """Export with gradients on, so that the user's own ``no_grad`` regions are seen.
+
+    What autograd refuses (``out=``, writing into a piece of ``chunk``, a buffer made in inference mode) only ever runs
+    without gradients: so it is exported.
+    """
+    try:
+        with torch.enable_grad():
+            return torch.export.export(model, plan.args, plan.kwargs, dynamic_shapes=plan.shapes, strict=False)
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _REFUSED_BY_AUTOGRAD):
+            raise
+    with torch.no_grad():
         return torch.export.export(model, plan.args, plan.kwargs, dynamic_shapes=plan.shapes, strict=False)
 
 

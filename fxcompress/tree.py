@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -74,9 +75,15 @@ class ParameterTree:
         self.keys = KeyNames.of(source)
         self._places: dict[int, list[tuple[nn.Module, str]]] = {}
         self.root = self._mirror(source, {})
+        known = {_memory(p): name for name, p in self.root.named_parameters() if _memory(p)}
         for node in gm.graph.nodes:
             if node.op == "get_attr" and not self.holds(str(node.target)):
-                self._lift(gm, str(node.target))
+                value = operator.attrgetter(str(node.target))(gm)
+                place = _memory(value)
+                if place in known:
+                    node.target = known[place]  # scripted modules hand out their parameters as constants
+                else:
+                    self._lift(str(node.target), value)
 
     def _mirror(self, module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
         if id(module) in memo:
@@ -130,10 +137,7 @@ class ParameterTree:
         module = self.find(path)
         return module is not None and (leaf in module._parameters or leaf in module._buffers)
 
-    def _lift(self, gm: GraphModule, name: str) -> None:
-        value: Any = gm
-        for part in name.split("."):
-            value = getattr(value, part)
+    def _lift(self, name: str, value: Any) -> None:
         path, _, leaf = name.rpartition(".")
         holder = self.make(path)
         if isinstance(value, nn.Parameter):
@@ -147,6 +151,13 @@ class ParameterTree:
     def prune(self) -> None:
         """Drop containers that hold nothing: the user's parameter-free modules, whose work is in the graph."""
         _prune(self.root, set())
+
+
+def _memory(value: Any) -> tuple[Any, ...] | None:
+    """Equal for tensors that are the same memory seen in the same way; None where that cannot be told."""
+    if type(value) not in (torch.Tensor, nn.Parameter) or value.layout != torch.strided or not value.data_ptr():
+        return None
+    return value.device, value.data_ptr(), value.dtype, value.shape, value.stride()
 
 
 def _prune(module: nn.Module, seen: set[int]) -> None:

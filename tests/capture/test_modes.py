@@ -1,13 +1,16 @@
 """Training, modes, dtypes and what a captured program leaves alone."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim
 
 from fxcompress.capture import capture, from_exported
+from fxcompress.errors import CaptureError
 from tests.helpers.capture_checks import (
     check_capture,
     floats,
@@ -166,3 +169,50 @@ def test_autocast_inside_forward() -> None:
 
     program = check_capture(Mixed(), floats(4), notes=("operators were decomposed",), again=False)
     assert "out" in layer_types(program)
+
+
+def test_inference_mode() -> None:
+    """Capture inside of it, an example made inside of it; a model made inside of it cannot leave it."""
+    with torch.inference_mode():
+        x = torch.randn(1, 3, 6, 6)
+        made_inside = small_cnn()
+        program = capture(made_inside, (x,))
+        assert program.notes == [] and torch.equal(program(x), made_inside.eval()(x))
+    with pytest.raises(CaptureError) as caught:
+        capture(made_inside, (x,))
+    assert caught.value.id == "FXC-CAPTURE-011" and "0.weight" in caught.value.where
+    model = small_cnn()
+    with torch.inference_mode():
+        program = capture(model, (x,))
+    program.gm.train()
+    program(torch.randn(4, 3, 6, 6)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_table_made_in_inference_mode() -> None:
+    """As rotary embeddings cache theirs when the model has run in inference mode before."""
+
+    class Scaled(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 4)
+            self.register_buffer("table", None)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.table is None:
+                self.table = torch.arange(4) * 1.0
+            return super().forward(x) * self.table
+
+    model = Scaled()
+    with torch.inference_mode():
+        model(torch.randn(1, 4))
+    assert model.table is not None and model.table.is_inference()
+    check_capture(model, floats(4), again=False)
+
+
+def test_threads_capture_one_after_the_other() -> None:
+    models = [small_cnn() for _ in range(3)]
+    x = torch.randn(1, 3, 6, 6)
+    with ThreadPoolExecutor(3) as pool:
+        programs = list(pool.map(lambda m: capture(m, (x,)), models))
+    for model, program in zip(models, programs, strict=True):
+        assert program.notes == [] and torch.equal(program(x), model.eval()(x))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fxcompress.capture import capture
+from fxcompress.errors import CaptureError
 from tests.helpers.capture_checks import Inputs, assert_same_outputs, check_capture, functions, layer_types
 
 T = pytest.importorskip("transformers", reason="needs transformers", exc_type=ImportError)
@@ -80,6 +81,20 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[[int], Inputs]]] = {
         lambda: T.T5EncoderModel(T.T5Config(vocab_size=99, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)),
         text,
     ),
+    "bart": (
+        lambda: T.BartModel(
+            T.BartConfig(
+                **{k: v for k, v in SPEECH.items() if k != "num_mel_bins"},
+                vocab_size=99,
+                decoder_layers=1,
+                decoder_ffn_dim=64,
+                max_position_embeddings=64,
+                use_cache=False,
+            )
+        ),
+        lambda batch: ((), {**text(batch)[1], "decoder_input_ids": torch.randint(3, 99, (batch, 5))}),
+    ),
+    "mixtral": (lambda: T.MixtralForCausalLM(T.MixtralConfig(**DECODER, num_local_experts=2)), text),
     "vit": (lambda: T.ViTForImageClassification(T.ViTConfig(**VISION, patch_size=8)), image),
     "dinov2": (lambda: T.Dinov2Model(T.Dinov2Config(**VISION, patch_size=8)), image),
     "swin": (
@@ -149,6 +164,16 @@ def test_layers_of_a_causal_model() -> None:
     assert [k for p, k in kinds.items() if "c_attn" in p or "c_fc" in p] == ["TransposedLinear"] * 4
     assert kinds["lm_head"] == "Linear" and kinds["transformer.wte"] == "Embedding"
     assert program.gm.get_parameter("lm_head.weight") is program.gm.get_parameter("transformer.wte.weight")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_key_cache_among_the_outputs_is_refused_with_the_way_out() -> None:
+    """transformers' default for a causal model."""
+    model = T.LlamaForCausalLM(T.LlamaConfig(**{**DECODER, "use_cache": True}))
+    with pytest.raises(CaptureError) as caught:
+        capture(model, *text(1))
+    assert caught.value.id == "FXC-CAPTURE-008" and "past_key_values" in caught.value.where
+    assert "model.config.use_cache = False" in caught.value.fix
 
 
 @pytest.mark.filterwarnings("ignore")
