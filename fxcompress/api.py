@@ -159,14 +159,14 @@ class _Job:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
     def capture(self, example: Any, dynamic_shapes: Any) -> None:
-        args, kwargs = _example_call(example) if example is not None else example_from(_raw(self.data))
+        args, kwargs = _example_call(example) if example is not None else example_from(_raw(self.data), self.model)
         with self.timed("capture"):
             self.captured = capture(self.model, args, kwargs, dynamic_shapes=dynamic_shapes)
             bad = nonfinite_tensors(self.captured)
         if bad:
             more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
             raise CaptureError(
-                5,
+                10,
                 "the model holds NaN or infinite weights",
                 where=", ".join(bad[:8]) + more,
                 fix="train or load the model again; non-finite weights cannot be compressed",
@@ -251,7 +251,7 @@ class _Job:
         fallbacks = [f"{n}: {r}" for n, r in report.left] + report.notes
         if strict and fallbacks:
             raise PassError(
-                40, "strict: something fell back", why="; ".join(fallbacks[:10]), fix="drop strict=True to accept it"
+                42, "strict: something fell back", why="; ".join(fallbacks[:10]), fix="drop strict=True to accept it"
             )
         if self.accuracy and not self.accuracy["passed"]:
             error = GateError(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxcompress.errors import CalibrationError, UsageError
@@ -44,8 +45,12 @@ def _holds_inputs(value: Any, names: tuple[str, ...] | None) -> bool:
     return isinstance(value, Mapping) and (names is None or any(k in names for k in value))
 
 
-def example_from(data: Iterable[Any] | None) -> Call:
+def example_from(data: Iterable[Any] | None, model: nn.Module | None = None) -> Call:
     """Example inputs from the first batch; a `CalibrationData` does not lose it.
+
+    Args:
+        data: Iterable of batches.
+        model: Tells by its ``forward`` what of a batch is an input; without it a pair is ``(input, label)``.
 
     Raises:
         UsageError: there is no data, or it cannot be iterated.
@@ -54,7 +59,17 @@ def example_from(data: Iterable[Any] | None) -> Call:
     if data is None:
         raise UsageError(20, "compile needs example_inputs or calibration data", fix="pass example_inputs=(x,)")
     source = data if isinstance(data, CalibrationData) else CalibrationData(data)
-    return as_call(source.first())
+    batch = source.first()
+    args, kwargs = as_call(batch)
+    if model is None:
+        return args, kwargs
+    taken = inspect.signature(model.forward).parameters.values()
+    if not any(p.kind is p.VAR_KEYWORD for p in taken):
+        kwargs = {k: v for k, v in kwargs.items() if any(k == p.name for p in taken)}
+    needed = sum(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in taken)
+    if isinstance(batch, (list, tuple)) and not kwargs and len(args) < needed <= len(batch):
+        args = tuple(batch[:needed])  # no label behind the inputs
+    return args, kwargs
 
 
 def _empty() -> CalibrationError:

@@ -85,7 +85,7 @@ def _open(source: Path | bytes | np.ndarray[Any, Any], mode: str) -> Any:
             return image.convert(mode)
     except (OSError, UnidentifiedImageError) as error:
         name = "an image" if isinstance(source, bytes) else str(source)
-        raise CalibrationError(20, f"{name} cannot be read", why=str(error), fix="remove or mend it") from error
+        raise CalibrationError(26, f"{name} cannot be read", why=str(error), fix="remove or mend it") from error
 
 
 def _resize(image: Any, height: int, width: int, interpolation: str) -> Any:

@@ -80,7 +80,7 @@ def available_targets() -> list[Target]:
     found = [t for t in runtimes if t.available() is None]
     if not found:
         lines = " or ".join(str(t.available()) for t in runtimes)
-        raise MissingRuntimeError(1, "no deployment runtime is installed", fix=lines)
+        raise MissingRuntimeError(4, "no deployment runtime is installed", fix=lines)
     return found
 
 

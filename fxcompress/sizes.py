@@ -128,7 +128,7 @@ def _bind(node: Node, dim: int, size: Any, given: int, known: dict[str, int]) ->
     where = f"dimension {dim} of input {node.name}"
     if rest or value < lower or (upper is not None and value > upper):
         bounds = f"{symbol} from {lower} to {'any' if upper is None else upper}"
-        raise UsageError(15, f"{where} cannot be {given}", why=f"it was captured as {expr}, {bounds}")
+        raise UsageError(16, f"{where} cannot be {given}", why=f"it was captured as {expr}, {bounds}")
     if known.setdefault(str(symbol), value) != value:
         raise UsageError(
             15, f"{where} is {given}", why=f"{expr} with {symbol} = {known[str(symbol)]} from an earlier input"

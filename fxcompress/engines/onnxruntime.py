@@ -170,6 +170,7 @@ class OnnxRuntimeTarget:
         low, high = (-127, 127) if exact else (-64, 63)
         return QuantScheme(
             weight=QuantSpec(8, signed=True, symmetric=True, axis=0, qmin=low, qmax=high),
+            joins=("add", "cat", "avg_pool"),
             quantized_outputs=("conv",),
             fused_activations=("relu", "relu6", "hardtanh"),  # what a clipping QuantizeLinear can stand for
             fused_residual=False,

@@ -92,8 +92,10 @@ class _Requests:
         except queue.Empty:
             request = self.compiled.create_infer_request()
         try:
-            for place, x in zip(self._order, inputs, strict=True):
-                request.set_input_tensor(place, self._tensor(as_numpy(x), shared_memory=True))
+            # OpenVINO reads the arrays' memory and does not keep them alive: a copy made here must outlive the call.
+            arrays = [as_numpy(x) for x in inputs]
+            for place, array in zip(self._order, arrays, strict=True):
+                request.set_input_tensor(place, self._tensor(array, shared_memory=True))
             request.infer()
             # The request's memory is written again by the next call.
             return [torch.from_numpy(request.get_output_tensor(i).data).clone() for i in self._outputs]
@@ -207,6 +209,8 @@ class OpenVinoTarget:
         low, high = (-127, 127) if exact else (-64, 63)
         return QuantScheme(
             weight=QuantSpec(8, signed=True, symmetric=True, axis=0, qmin=low, qmax=high),
+            joins=("add", "cat", "avg_pool"),
+            fused_residual=False,  # it does fuse, but only an add of two quantized values with fixed shapes
             reason="" if exact else "no VNNI: 7-bit weights keep 16-bit sums of OpenVINO's kernels from saturating",
         )
 

@@ -43,8 +43,23 @@ _PYTHON_NAMES = {function: name for name, function in _PYTHON.items()}
 _NAMESPACES = ("aten", "fxcompress")
 _REFUSED_OPERATORS = ("from_file",)  # the one ATen operator that opens files
 _TORCH_LAYERS: tuple[type[nn.Module], ...] = (
-    *(getattr(nn, f"{kind}{d}d") for kind in ("Conv", "ConvTranspose", "BatchNorm") for d in (1, 2, 3)),
-    *(nn.Linear, nn.LayerNorm, nn.GroupNorm, nn.Embedding, nn.LSTM, nn.GRU, nn.Dropout, TransposedLinear, FakeQuantize),
+    *(
+        getattr(nn, f"{kind}{d}d")
+        for kind in ("Conv", "ConvTranspose", "BatchNorm", "InstanceNorm", "Dropout")
+        for d in (1, 2, 3)
+    ),
+    *(
+        nn.Linear,
+        nn.LayerNorm,
+        nn.GroupNorm,
+        nn.Embedding,
+        nn.LSTM,
+        nn.GRU,
+        nn.Dropout,
+        nn.AlphaDropout,
+        nn.FeatureAlphaDropout,
+    ),
+    *(TransposedLinear, FakeQuantize),
 )
 _LAYERS: dict[str, type[nn.Module]] = {
     **{kind.__name__: kind for kind in _TORCH_LAYERS},
@@ -197,7 +212,7 @@ def read_graph(folder: Path) -> GraphModule:
         root = _tree(content, tensors)
         return GraphModule(root, _graph(content, root), class_name="Program").eval()
     except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ArtifactError(21, "the program's files cannot be read", why=f"{type(error).__name__}: {error}") from error
+        raise ArtifactError(27, "the program's files cannot be read", why=f"{type(error).__name__}: {error}") from error
 
 
 def _tree(content: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:

@@ -75,7 +75,9 @@ class Structure:
         if self.kind == "dict":
             return fields
         record = self.type or _find_type(self.type_name, self.kind, self.keys)
-        return Output(fields) if record is None else record(**fields)
+        if record is None:
+            return Output(fields)
+        return record(parts) if _is_sequence_type(record) else record(**fields)
 
     def flatten(self, value: Any, where: str) -> list[Any]:
         """Leaves of ``value`` in order; raises UsageError when it is not built like this."""
@@ -122,7 +124,7 @@ class Structure:
     def from_json(cls, d: dict[str, Any]) -> Structure:
         """Inverse of ``to_json``."""
         if d["kind"] not in ("leaf", "constant", "tuple", "list", "dict", "namedtuple", "dataclass"):
-            raise ArtifactError(20, f"unknown structure {d['kind']!r} in the manifest")
+            raise ArtifactError(26, f"unknown structure {d['kind']!r} in the manifest")
         items = tuple(cls.from_json(i) for i in d.get("items", ()))
         return cls(str(d["kind"]), items, tuple(d.get("keys", ())), str(d.get("type", "")), d.get("value"))
 
@@ -135,6 +137,8 @@ def describe(value: Any) -> Structure:
     name = f"{kind.__module__}:{kind.__qualname__}"
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return Structure("namedtuple", _describe_all(value), tuple(value._fields), name, type=kind)
+    if _is_sequence_type(kind):
+        return Structure("namedtuple", _describe_all(value), _fields(kind) or (), name, type=kind)
     if isinstance(value, (tuple, list)):
         return Structure("tuple" if isinstance(value, tuple) else "list", _describe_all(value))
     if dataclasses.is_dataclass(value):
@@ -152,6 +156,17 @@ def _describe_all(values: Any) -> tuple[Structure, ...]:
     return tuple(describe(v) for v in values)
 
 
+def _is_sequence_type(kind: type) -> bool:
+    """True for what ``torch.topk`` and its like return: named tuples written in C, made from one sequence."""
+    return issubclass(kind, tuple) and hasattr(kind, "n_sequence_fields")
+
+
+def _fields(kind: Any) -> tuple[str, ...] | None:
+    """Field names of a named tuple."""
+    found = kind.__match_args__ if _is_sequence_type(kind) else getattr(kind, "_fields", None)
+    return None if found is None else tuple(found)
+
+
 def _find_type(name: str, kind: str, keys: tuple[Any, ...]) -> Any:
     """The record type ``name`` if the program has already imported it and it has these fields; else None."""
     module_name, _, qualname = name.partition(":")
@@ -161,7 +176,7 @@ def _find_type(name: str, kind: str, keys: tuple[Any, ...]) -> Any:
     if not isinstance(found, type):
         return None
     if kind == "namedtuple":
-        return found if issubclass(found, tuple) and getattr(found, "_fields", None) == keys else None
+        return found if issubclass(found, tuple) and _fields(found) == keys else None
     if not dataclasses.is_dataclass(found):
         return None
     fields = {f.name for f in dataclasses.fields(found)}

@@ -60,7 +60,7 @@ class TorchEngine(Engine):
         try:
             with torch.no_grad():
                 return cast(tuple[Any, ...], graph(*self._arguments(inputs)))
-        except RuntimeError as error:
+        except (RuntimeError, IndexError, ValueError) as error:
             raise EngineError(32, "torch failed", why=str(error)[:800]) from error
 
     def _arguments(self, inputs: list[Tensor]) -> list[Any]:

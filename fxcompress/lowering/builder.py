@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from fxcompress.errors import EngineError
 from fxcompress.ir import Program, node_path, source_line
 
 if TYPE_CHECKING:
@@ -272,17 +271,3 @@ def describe(node: Node) -> str:
     """A node for an error: what it is, its name, and the user's line."""
     line = source_line(node)
     return f"{node.target} at %{node.name}" + (f" ({line})" if line else "")
-
-
-def refuse(node: Node, why: str) -> EngineError:
-    """The error for a node that no engine file can hold."""
-    return EngineError(
-        1,
-        f"{node.target} cannot be written for an engine",
-        where=f"%{node.name} {source_line(node)}".strip(),
-        why=why,
-        fix="use target='torch', or replace the operation by one that ONNX has",
-    )
-
-
-Options = Mapping[str, Any]

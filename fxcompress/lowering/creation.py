@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from fxcompress.lowering.builder import Builder, dtype_of, lowers
+from fxcompress.lowering.builder import Builder, Unsupported, dtype_of, lowers
 
 _aten = torch.ops.aten
 
@@ -55,6 +55,21 @@ def _arange(b: Builder, node: Node, a: dict[str, Any]) -> Any:
 @lowers(_aten.linspace.default)
 def _linspace(b: Builder, node: Node, a: dict[str, Any]) -> Any:
     return b.constant(torch.linspace(*(b.static(a[k]) for k in ("start", "end", "steps")), dtype=dtype_of(node)))
+
+
+@lowers(_aten.eye.default, _aten.eye.m)
+def _eye(b: Builder, node: Node, a: dict[str, Any]) -> Any:
+    rows = b.static(a["n"])
+    return b.constant(torch.eye(rows, b.static(a.get("m", rows)), dtype=dtype_of(node)))
+
+
+@lowers(_aten.one_hot.default)
+def _one_hot(b: Builder, node: Node, a: dict[str, Any]) -> Any:
+    classes = b.static(a["num_classes"])
+    if classes < 0:
+        raise Unsupported("one_hot with a number of classes that the data decides")
+    x = b.op("Unsqueeze", b.value(a["self"]), b.ints([-1]))
+    return b.cast(b.op("Equal", x, b.constant(torch.arange(classes))), torch.bool, torch.int64)
 
 
 @lowers(_aten.tril.default, _aten.triu.default)

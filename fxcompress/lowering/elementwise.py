@@ -18,12 +18,11 @@ _aten = torch.ops.aten
 
 # ------------------------------------------------------------------------------------------------ one input
 _SAME = {
-    "abs": "Abs", "neg": "Neg", "ceil": "Ceil", "floor": "Floor", "round": "Round", "sign": "Sign", "bitwise_not": "Not",
-    "logical_not": "Not",
+    "abs": "Abs", "neg": "Neg", "ceil": "Ceil", "floor": "Floor", "round": "Round", "sign": "Sign", "logical_not": "Not",
 }  # fmt: skip
 _FLOAT = {
     "sqrt": "Sqrt", "exp": "Exp", "log": "Log", "sin": "Sin", "cos": "Cos", "tan": "Tan", "tanh": "Tanh", "sigmoid": "Sigmoid",
-    "erf": "Erf", "reciprocal": "Reciprocal", "relu": "Relu", "softplus": "Softplus", "mish": "Mish", "hardswish": "HardSwish",
+    "erf": "Erf", "reciprocal": "Reciprocal", "relu": "Relu", "selu": "Selu", "mish": "Mish", "hardswish": "HardSwish",
     "atan": "Atan", "asin": "Asin", "acos": "Acos", "sinh": "Sinh", "cosh": "Cosh",
 }  # fmt: skip
 
@@ -41,6 +40,39 @@ def _unary(kind: str) -> Callable[[Builder, Node, dict[str, Any]], Any]:
 
 for _name, _kind in {**_SAME, **_FLOAT}.items():
     lowers(_overload(_name))(_unary(_kind))
+
+
+@lowers(_aten.relu.default)
+def _relu(b: Builder, node: Node, a: dict[str, Any]) -> Any:
+    x, dtype = b.value(a["self"]), dtype_of(node)
+    return b.op("Relu", x) if dtype.is_floating_point else b.op("Max", x, b.scalar(0, dtype))
+
+
+@lowers(_aten.bitwise_not.default)
+def _bitwise_not(b: Builder, node: Node, a: dict[str, Any]) -> Any:
+    return b.op("Not" if dtype_of(node) == torch.bool else "BitwiseNot", b.value(a["self"]))
+
+
+@lowers(_aten.trunc.default)
+def _trunc(b: Builder, node: Node, a: dict[str, Any]) -> Any:
+    return truncated(b, b.value(a["self"]))
+
+
+def truncated(b: Builder, x: Any) -> Any:
+    """A float without its fraction, rounded towards zero; infinities stay."""
+    return b.op("Mul", b.op("Sign", x), b.op("Floor", b.op("Abs", x)))
+
+
+@lowers(_aten.log2.default)
+def _log2(b: Builder, node: Node, a: dict[str, Any]) -> Any:
+    dtype = dtype_of(node)
+    return b.op("Mul", b.op("Log", b.value(a["self"], dtype)), b.scalar(1 / math.log(2), dtype))
+
+
+@lowers(_aten.exp2.default)
+def _exp2(b: Builder, node: Node, a: dict[str, Any]) -> Any:
+    dtype = dtype_of(node)
+    return b.op("Pow", b.scalar(2, dtype), b.value(a["self"], dtype))
 
 
 @lowers(_aten.rsqrt.default)
@@ -71,7 +103,18 @@ def _log1p(b: Builder, node: Node, a: dict[str, Any]) -> Any:
 
 
 # ------------------------------------------------------------------------------------------------ activations
-_ACTIVATIONS = ("relu6", "hardtanh", "leaky_relu", "silu", "gelu", "hardsigmoid", "elu")
+_ACTIVATIONS = (
+    "relu6",
+    "hardtanh",
+    "leaky_relu",
+    "silu",
+    "gelu",
+    "hardsigmoid",
+    "elu",
+    "celu",
+    "softplus",
+    "threshold",
+)
 
 
 def emit_activation(
@@ -101,6 +144,19 @@ def _elu(b: Builder, x: Any, a: dict[str, Any], dtype: torch.dtype) -> Any:
     return b.op("Elu", x, alpha=float(a["alpha"]))
 
 
+def _softplus(b: Builder, x: Any, a: dict[str, Any], dtype: torch.dtype) -> Any:
+    """``log(1 + exp(beta x)) / beta``; torch's threshold only keeps exp from overflowing."""
+    if a["beta"] == 1:
+        return b.op("Softplus", x)
+    beta = b.scalar(a["beta"], dtype)
+    return b.op("Div", b.op("Softplus", b.op("Mul", x, beta)), beta)
+
+
+def _threshold(b: Builder, x: Any, a: dict[str, Any], dtype: torch.dtype) -> Any:
+    below = b.op("LessOrEqual", x, b.scalar(a["threshold"], dtype))
+    return b.op("Where", below, b.scalar(a["value"], dtype), x)
+
+
 _PARAMETRIC: dict[str, Callable[[Builder, Any, dict[str, Any], torch.dtype], Any]] = {
     "relu6": lambda b, x, a, t: _clip(b, x, 0.0, 6.0, t),
     "hardtanh": lambda b, x, a, t: _clip(b, x, a["min_val"], a["max_val"], t),
@@ -109,6 +165,9 @@ _PARAMETRIC: dict[str, Callable[[Builder, Any, dict[str, Any], torch.dtype], Any
     "gelu": _gelu,
     "hardsigmoid": lambda b, x, a, t: b.op("HardSigmoid", x, alpha=1.0 / 6.0, beta=0.5),
     "elu": _elu,
+    "celu": lambda b, x, a, t: b.op("Celu", x, alpha=float(a["alpha"])),
+    "softplus": _softplus,
+    "threshold": _threshold,
 }
 
 
@@ -192,6 +251,8 @@ def _scaled(b: Builder, y: Any, alpha: Any, dtype: torch.dtype) -> Any:
 def _add(b: Builder, node: Node, a: dict[str, Any]) -> Any:
     dtype = dtype_of(node)
     x, y = pair(b, a["self"], a["other"], dtype)
+    if dtype == torch.bool:
+        return b.op("Or", x, y)  # torch refuses to subtract booleans
     return b.op("Add" if "add" in str(node.target) else "Sub", x, _scaled(b, y, a["alpha"], dtype))
 
 
@@ -225,11 +286,7 @@ def _div(b: Builder, node: Node, a: dict[str, Any]) -> Any:
         return b.op("Div", x, y)
     if dtype.is_floating_point:
         quotient = b.op("Div", x, y)
-        return (
-            b.op("Floor", quotient)
-            if mode == "floor"
-            else b.cast(b.cast(quotient, dtype, torch.int64), torch.int64, dtype)
-        )
+        return b.op("Floor", quotient) if mode == "floor" else truncated(b, quotient)
     return b.op("Div", x, y) if mode == "trunc" else floor_divide(b, x, y)
 
 
@@ -245,6 +302,11 @@ def _remainder(b: Builder, node: Node, a: dict[str, Any]) -> Any:
     if not dtype.is_floating_point:
         return b.op("Mod", x, y)
     return b.op("Sub", x, b.op("Mul", b.op("Floor", b.op("Div", x, y)), y))
+
+
+@lowers(_aten.fmod.Scalar, _aten.fmod.Tensor)
+def _fmod(b: Builder, node: Node, a: dict[str, Any]) -> Any:
+    return b.op("Mod", *pair(b, a["self"], a["other"], dtype_of(node)), fmod=1)
 
 
 @lowers(_aten.pow.Tensor_Scalar, _aten.pow.Tensor_Tensor, _aten.pow.Scalar)
@@ -274,8 +336,8 @@ _LOGICAL = {"and": "And", "or": "Or", "xor": "Xor"}
 
 @lowers(
     *(getattr(_aten, f"logical_{name}").default for name in _LOGICAL),
-    *(getattr(_aten, f"bitwise_{name}").Tensor for name in _LOGICAL),
-    *(getattr(_aten, f"__{name}__").Tensor for name in _LOGICAL),
+    *(getattr(getattr(_aten, f"bitwise_{name}"), kind) for name in _LOGICAL for kind in ("Tensor", "Scalar")),
+    *(getattr(getattr(_aten, f"__{name}__"), kind) for name in _LOGICAL for kind in ("Tensor", "Scalar")),
 )
 def _logical(b: Builder, node: Node, a: dict[str, Any]) -> Any:
     kind = _LOGICAL[str(node.target).split(".")[1].strip("_").removeprefix("logical_").removeprefix("bitwise_")]
@@ -292,7 +354,15 @@ def _extreme(b: Builder, node: Node, a: dict[str, Any]) -> Any:
 # ------------------------------------------------------------------------------------------------ choice, type
 @lowers(_aten.where.self, _aten.where.ScalarOther, _aten.where.ScalarSelf, _aten.where.Scalar)
 def _where(b: Builder, node: Node, a: dict[str, Any]) -> Any:
-    return b.op("Where", b.value(a["condition"], torch.bool), *pair(b, a["self"], a["other"], dtype_of(node)))
+    dtype = dtype_of(node)
+    return choice(b, b.value(a["condition"], torch.bool), *pair(b, a["self"], a["other"], dtype), dtype)
+
+
+def choice(b: Builder, condition: Any, x: Any, y: Any, dtype: torch.dtype) -> Any:
+    """``x`` where ``condition`` holds, else ``y``; booleans as logic, since ONNX Runtime has no Where for them."""
+    if dtype != torch.bool:
+        return b.op("Where", condition, x, y)
+    return b.op("Or", b.op("And", condition, x), b.op("And", b.op("Not", condition), y))
 
 
 @lowers(_aten.masked_fill.Scalar, _aten.masked_fill.Tensor)
@@ -301,7 +371,7 @@ def _masked_fill(b: Builder, node: Node, a: dict[str, Any]) -> Any:
     fill = a["value"]
     if isinstance(fill, float) and not math.isfinite(fill) and not dtype.is_floating_point:
         raise Unsupported("filling integers with an infinity")
-    return b.op("Where", b.value(a["mask"], torch.bool), b.value(fill, dtype), b.value(a["self"]))
+    return choice(b, b.value(a["mask"], torch.bool), b.value(fill, dtype), b.value(a["self"]), dtype)
 
 
 @lowers(

@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from fxcompress.errors import EngineError, MissingRuntimeError, UsageError
 from fxcompress.ir import Program
-from fxcompress.lowering import creation, layers, recurrent, reductions, shapes
+from fxcompress.lowering import creation, layers, norms, padding, pooling, recurrent, reductions, shapes
 from fxcompress.lowering.builder import DOMAIN, Builder, Unsupported
 from fxcompress.lowering.names import input_names, output_names, size_names
 from fxcompress.lowering.peephole import fold_padding
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PortableModel", "lower", "strip"]
 
-_TABLES = (creation, layers, recurrent, reductions, shapes)
+_TABLES = (creation, layers, norms, padding, pooling, recurrent, reductions, shapes)
 _log = logging.getLogger("fxcompress")
 
 
@@ -188,7 +188,7 @@ def _replace_weight(value: ir.Value, name: str, tensor: Tensor) -> None:
     old = value.const_value
     if old is None or list(old.shape) != list(tensor.shape) or old.dtype != held.dtype:
         raise UsageError(
-            50, f"the tensor given for {name} does not fit", why=f"{list(tensor.shape)} {tensor.dtype} for {old}"
+            78, f"the tensor given for {name} does not fit", why=f"{list(tensor.shape)} {tensor.dtype} for {old}"
         )
     value.const_value = held
 

@@ -1,4 +1,4 @@
-"""Reductions, softmax, pooling, resizing and attention as ONNX."""
+"""Reductions, softmax, order and attention as ONNX."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from torch.fx import Node
 
 from fxcompress.lowering.builder import Builder, Unsupported, dtype_of, lowers, rank_of
-from fxcompress.lowering.layers import repeat
 
 _aten = torch.ops.aten
 _REDUCE = {"mean": "ReduceMean", "sum": "ReduceSum", "amax": "ReduceMax", "amin": "ReduceMin", "prod": "ReduceProd"}
@@ -22,15 +21,20 @@ _REDUCE = {"mean": "ReduceMean", "sum": "ReduceSum", "amax": "ReduceMax", "amin"
 )  # fmt: skip
 def _reduce(b: Builder, node: Node, a: dict[str, Any]) -> Any:
     kind = _REDUCE[str(node.target).split(".")[1]]
+    return b.op(kind, b.value(a["self"], dtype_of(node)), _axes(b, a), keepdims=int(a.get("keepdim", False)))
+
+
+def _axes(b: Builder, a: dict[str, Any]) -> Any:
+    """The dimensions to reduce, written out: OpenVINO cannot read a reduction over all of them that names none."""
     dims = a.get("dim")
     dims = dims if dims is None or isinstance(dims, (list, tuple)) else [dims]
-    axes = None if not dims else b.ints(dims)
-    return b.op(kind, b.value(a["self"], dtype_of(node)), axes, keepdims=int(a.get("keepdim", False)))
+    return b.ints(dims or range(rank_of(a["self"])))
 
 
 @lowers(_aten.max.default, _aten.min.default)
 def _global_extreme(b: Builder, node: Node, a: dict[str, Any]) -> Any:
-    return b.op("ReduceMax" if "max" in str(node.target) else "ReduceMin", b.value(a["self"]), keepdims=0)
+    kind = "ReduceMax" if "max" in str(node.target) else "ReduceMin"
+    return b.op(kind, b.value(a["self"]), _axes(b, a), keepdims=0)
 
 
 @lowers(_aten.max.dim, _aten.min.dim)
@@ -43,18 +47,18 @@ def _extreme_with_index(b: Builder, node: Node, a: dict[str, Any]) -> Any:
 @lowers(_aten.argmax.default, _aten.argmin.default)
 def _arg_extreme(b: Builder, node: Node, a: dict[str, Any]) -> Any:
     x, dim = b.value(a["self"]), a["dim"]
-    if dim is None:
-        x, dim = b.op("Reshape", x, b.ints([-1])), 0
     kind = "ArgMax" if "argmax" in str(node.target) else "ArgMin"
-    return b.op(kind, x, axis=dim, keepdims=int(a["keepdim"]))
+    if dim is not None:
+        return b.op(kind, x, axis=dim, keepdims=int(a["keepdim"]))
+    flat = b.op(kind, b.op("Reshape", x, b.ints([-1])), axis=0, keepdims=0)
+    return b.op("Reshape", flat, b.ints([1] * rank_of(node))) if a["keepdim"] else flat
 
 
 @lowers(_aten.any.dim, _aten.any.default, _aten.all.dim, _aten.all.default)
 def _any_all(b: Builder, node: Node, a: dict[str, Any]) -> Any:
     kind = "ReduceMax" if "any" in str(node.target) else "ReduceMin"
-    axes = b.ints([a["dim"]]) if "dim" in a else None
     number = b.cast(b.value(a["self"], torch.bool), torch.bool, torch.int32)
-    return b.cast(b.op(kind, number, axes, keepdims=int(a.get("keepdim", False))), torch.int32, torch.bool)
+    return b.cast(b.op(kind, number, _axes(b, a), keepdims=int(a.get("keepdim", False))), torch.int32, torch.bool)
 
 
 @lowers(_aten.cumsum.default)
@@ -69,6 +73,8 @@ def _cumsum(b: Builder, node: Node, a: dict[str, Any]) -> Any:
     _aten.std.dim,
     _aten.var_mean.correction,
     _aten.std_mean.correction,
+    _aten.var_mean.dim,
+    _aten.std_mean.dim,
 )
 def _variance(b: Builder, node: Node, a: dict[str, Any]) -> Any:
     x, shape = b.value(a["self"]), a["self"].meta["val"].shape
@@ -91,12 +97,12 @@ def _variance(b: Builder, node: Node, a: dict[str, Any]) -> Any:
 @lowers(_aten.linalg_vector_norm.default, _aten.norm.ScalarOpt_dim)
 def _norm(b: Builder, node: Node, a: dict[str, Any]) -> Any:
     order = a.get("ord", a.get("p"))
-    kind = {2: "ReduceL2", 1: "ReduceL1", None: "ReduceL2"}.get(order)
+    kind = {2: "ReduceL2", 1: "ReduceL1", None: "ReduceL2", math.inf: "ReduceMax"}.get(order)
     if kind is None:
         raise Unsupported(f"a norm of order {order}")
-    dims = a["dim"] if a["dim"] is None or isinstance(a["dim"], (list, tuple)) else [a["dim"]]
-    axes = None if not dims else b.ints(dims)
-    return b.op(kind, b.value(a["self"], dtype_of(node)), axes, keepdims=int(a["keepdim"]))
+    if kind == "ReduceMax":
+        return b.op(kind, b.op("Abs", b.value(a["self"], dtype_of(node))), _axes(b, a), keepdims=int(a["keepdim"]))
+    return b.op(kind, b.value(a["self"], dtype_of(node)), _axes(b, a), keepdims=int(a["keepdim"]))
 
 
 @lowers(_aten.softmax.int, _aten._softmax.default, _aten.log_softmax.int, _aten._log_softmax.default)
@@ -105,92 +111,32 @@ def _softmax(b: Builder, node: Node, a: dict[str, Any]) -> Any:
     return b.op(kind, b.value(a["self"], dtype_of(node)), axis=a["dim"])
 
 
+@lowers(_aten.logsumexp.default)
+def _logsumexp(b: Builder, node: Node, a: dict[str, Any]) -> Any:
+    """``max + log(sum(exp(x - max)))``."""
+    x, axes = b.value(a["self"], dtype_of(node)), _axes(b, a)
+    largest = b.op("ReduceMax", x, axes, keepdims=1)
+    total = b.op("ReduceSum", b.op("Exp", b.op("Sub", x, largest)), axes, keepdims=1)
+    result = b.op("Add", b.op("Log", total), largest)
+    return result if a["keepdim"] else b.op("Squeeze", result, axes)
+
+
+@lowers(_aten.sort.default, _aten.sort.stable, _aten.argsort.default)
+def _sort(b: Builder, node: Node, a: dict[str, Any]) -> Any:
+    x, dim, name = b.value(a["self"]), a["dim"] % rank_of(a["self"]), str(node.target)
+    if a.get("stable"):
+        raise Unsupported("a stable sort")
+    count = b.op("Shape", x, start=dim, end=dim + 1)
+    values = b.multi("TopK", 2, x, count, axis=dim, largest=int(a["descending"]), sorted=1)
+    return values[1] if "argsort" in name else values
+
+
 @lowers(_aten.topk.default)
 def _topk(b: Builder, node: Node, a: dict[str, Any]) -> Any:
     count = b.sizes([a["k"]])
     return b.multi(
         "TopK", 2, b.value(a["self"]), count, axis=a["dim"], largest=int(a["largest"]), sorted=int(a["sorted"])
     )
-
-
-# ------------------------------------------------------------------------------------------------ pooling
-@lowers(*(getattr(_aten, f"max_pool{d}d").default for d in (1, 2, 3)))
-def _max_pool(b: Builder, node: Node, a: dict[str, Any]) -> Any:
-    dims = int(str(node.target).split("max_pool")[1][0])
-    return b.op("MaxPool", b.value(a["self"]), **_window(a, dims), dilations=repeat(a["dilation"], dims))
-
-
-@lowers(*(getattr(_aten, f"avg_pool{d}d").default for d in (1, 2, 3)))
-def _avg_pool(b: Builder, node: Node, a: dict[str, Any]) -> Any:
-    dims = int(str(node.target).split("avg_pool")[1][0])
-    if a.get("divisor_override") is not None or (
-        a["ceil_mode"] and a["count_include_pad"] and any(repeat(a["padding"], dims))
-    ):
-        raise Unsupported("an average pool with its own divisor, or that counts padding beyond the edge")
-    return b.op("AveragePool", b.value(a["self"]), **_window(a, dims), count_include_pad=int(a["count_include_pad"]))
-
-
-def _window(a: dict[str, Any], dims: int) -> dict[str, Any]:
-    kernel = repeat(a["kernel_size"], dims)
-    stride = repeat(a["stride"], dims) if a["stride"] else kernel
-    padding = repeat(a["padding"], dims)
-    return {"kernel_shape": kernel, "strides": stride, "pads": padding * 2, "ceil_mode": int(a["ceil_mode"])}
-
-
-@lowers(
-    *(getattr(_aten, f"adaptive_avg_pool{d}d").default for d in (1, 2, 3)),
-    *(getattr(_aten, f"adaptive_max_pool{d}d").default for d in (1, 2, 3))
-)  # fmt: skip
-def _adaptive_pool(b: Builder, node: Node, a: dict[str, Any]) -> Any:
-    kind = "Max" if "max" in str(node.target) else "Average"
-    x, shape = b.value(a["self"]), a["self"].meta["val"].shape
-    dims = int(str(node.target).split("_pool")[1][0])
-    want = repeat(a["output_size"], dims)
-    have = list(shape[-dims:])
-    if all(w == 1 for w in want):
-        y: Any = (
-            b.op(f"Global{kind}Pool", x)
-            if len(shape) == dims + 2
-            else b.op(f"Reduce{kind[:3]}", x, b.ints(range(-dims, 0)))
-        )
-    elif want == have:
-        y = x
-    elif all(isinstance(h, int) and h % w == 0 for h, w in zip(have, want, strict=True)):
-        size = [h // w for h, w in zip(have, want, strict=True)]
-        y = b.op(f"{kind}Pool", x, kernel_shape=size, strides=size)
-    else:
-        raise Unsupported("an adaptive pool whose windows differ in size")
-    return (y, None) if kind == "Max" else y
-
-
-# ------------------------------------------------------------------------------------------------ resizing
-_RESIZE = {"nearest": "nearest", "linear": "linear", "bilinear": "linear", "bicubic": "cubic", "trilinear": "linear"}
-
-
-@lowers(
-    *(getattr(_aten, f"upsample_{k}d").vec for k in ("nearest1", "nearest2", "nearest3", "trilinear3")),
-    *(getattr(_aten, f"upsample_{k}2d").vec for k in ("bilinear", "bicubic")),
-    _aten.upsample_linear1d.vec,
-)
-def _upsample(b: Builder, node: Node, a: dict[str, Any]) -> Any:
-    mode = _RESIZE[str(node.target).split("upsample_")[1].split(".")[0][:-2]]
-    sizes, factors = a["output_size"], a["scale_factors"]
-    coordinates = (
-        "align_corners" if a.get("align_corners") else "half_pixel" if mode == "cubic" else "pytorch_half_pixel"
-    )
-    coordinates = "asymmetric" if mode == "nearest" else coordinates
-    extra = {"nearest_mode": "floor"} if mode == "nearest" else {"cubic_coeff_a": -0.75} if mode == "cubic" else {}
-    attributes: dict[str, Any] = {"mode": mode, "coordinate_transformation_mode": coordinates, **extra}
-    axes: dict[str, Any] = {"axes": list(range(2, rank_of(node)))}
-    if sizes is not None:
-        return b.op("Resize", b.value(a["input"]), None, None, b.sizes(list(sizes)), **attributes, **axes)
-    scales = b.constant(torch.tensor([float(f) for f in factors], dtype=torch.float32))
-    return b.op("Resize", b.value(a["input"]), None, scales, **attributes, **axes)
-
-
-@lowers(_aten.pixel_shuffle.default)
-def _pixel_shuffle(b: Builder, node: Node, a: dict[str, Any]) -> Any:
-    return b.op("DepthToSpace", b.value(a["self"]), blocksize=a["upscale_factor"], mode="CRD")
 
 
 # ------------------------------------------------------------------------------------------------ attention

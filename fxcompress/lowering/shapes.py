@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import Node
 
 from fxcompress.lowering.builder import Builder, Unsupported, dtype_of, lowers, rank_of
@@ -175,6 +174,13 @@ def _repeat(b: Builder, node: Node, a: dict[str, Any]) -> Any:
     return b.op("Tile", x, b.sizes(a["repeats"]))
 
 
+@lowers(_aten.tile.default)
+def _tile(b: Builder, node: Node, a: dict[str, Any]) -> Any:
+    x, missing = b.value(a["self"]), rank_of(node) - rank_of(a["self"])
+    x = b.op("Unsqueeze", x, b.ints(range(missing))) if missing else x
+    return b.op("Tile", x, b.sizes([*[1] * (rank_of(node) - len(a["dims"])), *a["dims"]]))
+
+
 @lowers(_aten.repeat_interleave.self_int)
 def _repeat_interleave(b: Builder, node: Node, a: dict[str, Any]) -> Any:
     if a["dim"] is None or not isinstance(a["repeats"], int):
@@ -195,12 +201,16 @@ def _roll(b: Builder, node: Node, a: dict[str, Any]) -> Any:
     if not dims:
         raise Unsupported("roll over the flattened tensor")
     for shift, dim in zip(b.static(a["shifts"]), dims, strict=True):
-        if shift == 0:
-            continue
-        # The last `shift` elements come first; negative indices count from the end, whatever the size.
-        tail = b.op("Slice", x, b.ints([-shift]), b.ints([_END]), b.ints([dim]))
-        head = b.op("Slice", x, b.ints([0]), b.ints([-shift]), b.ints([dim]))
-        x = b.op("Concat", tail, head, axis=dim)
+        # What lies behind the cut comes first; the shift may be larger than the size.
+        size = a["self"].meta["val"].shape[dim]
+        if isinstance(size, int):
+            cut = b.ints([size - shift % size if size else 0])
+        else:
+            axis = dim % rank_of(node)
+            length = b.op("Shape", x, start=axis, end=axis + 1)
+            cut = b.op("Sub", length, b.op("Mod", b.ints([shift]), length))
+        parts = b.op("Slice", x, cut, b.ints([_END]), b.ints([dim])), b.op("Slice", x, b.ints([0]), cut, b.ints([dim]))
+        x = b.op("Concat", *parts, axis=dim)
     return x
 
 
@@ -220,6 +230,15 @@ def _slice(b: Builder, node: Node, a: dict[str, Any]) -> Any:
     if start == 0 and end == _END and a["step"] == 1:
         return b.value(a["self"])
     return b.op("Slice", b.value(a["self"]), b.sizes([start]), b.sizes([end]), b.ints([dim]), b.sizes([a["step"]]))
+
+
+@lowers(_aten.narrow.default)
+def _narrow(b: Builder, node: Node, a: dict[str, Any]) -> Any:
+    start, length = a["start"], a["length"]
+    if not isinstance(start, int) or not isinstance(length, int):
+        raise Unsupported("narrow with computed limits")
+    end = _END if start + length == 0 and start < 0 else start + length
+    return b.op("Slice", b.value(a["self"]), b.ints([start]), b.ints([end]), b.ints([a["dim"]]))
 
 
 @lowers(_aten.diff.default)
@@ -268,7 +287,7 @@ def _index_select(b: Builder, node: Node, a: dict[str, Any]) -> Any:
 
 @lowers(_aten.gather.default)
 def _gather(b: Builder, node: Node, a: dict[str, Any]) -> Any:
-    return b.op("GatherElements", b.value(a["self"]), b.value(a["index"]), axis=a["dim"])
+    return b.op("GatherElements", b.value(a["self"]), b.value(a["index"]), axis=a["dim"] % rank_of(node))
 
 
 @lowers(_aten.index.Tensor)
@@ -329,30 +348,3 @@ def _split(b: Builder, node: Node, a: dict[str, Any]) -> Any:
 def _unbind(b: Builder, node: Node, a: dict[str, Any]) -> Any:
     x, dim = b.value(a["self"]), a["dim"]
     return tuple(b.op("Gather", x, b.scalar(i, torch.int64), axis=dim) for i in range(len(node.meta["val"])))
-
-
-@lowers(_aten.constant_pad_nd.default, _aten.pad.default)
-def _pad(b: Builder, node: Node, a: dict[str, Any]) -> Any:
-    modes = {"constant": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
-    fill = None
-    if a.get("mode", "constant") == "constant":
-        fill = b.scalar(b.static(a["value"] or 0), dtype_of(node))
-    return pad(b, a["self"], a["pad"], modes[a.get("mode", "constant")], fill)
-
-
-@lowers(*(getattr(_aten, f"{kind}_pad{d}d").default for kind in ("reflection", "replication") for d in (1, 2, 3)))
-def _edge_pad(b: Builder, node: Node, a: dict[str, Any]) -> Any:
-    return pad(b, a["self"], a["padding"], "reflect" if "reflection" in str(node.target) else "edge", None)
-
-
-def pad(b: Builder, x: Node, amounts: Sequence[Any], mode: str, fill: Any) -> Any:
-    """Pad the last dimensions; ``amounts`` is torch's order: last dimension first, begin and end of each."""
-    rank, dims = rank_of(x), len(amounts) // 2
-    axes = [rank - 1 - i for i in range(dims)]
-    pads = b.sizes([*amounts[0::2], *amounts[1::2]])
-    return b.op("Pad", b.value(x), pads, fill, b.ints(axes), mode=mode)
-
-
-def is_tensor(value: Any) -> bool:
-    """True for a node that yields one tensor."""
-    return isinstance(value, Node) and isinstance(value.meta.get("val"), Tensor)

@@ -61,7 +61,7 @@ def _check_archive(path: Path) -> None:
         names = archive.namelist()
         configs = [archive.read(n).decode(errors="replace") for n in names if n.endswith("_config.json")]
     if not any("/models/" in n for n in names) or any("/data/aotinductor/" in n for n in names):
-        raise ModelSpecError(14, f"{path} is not an exported program alone", why="it may hold compiled code", fix=fix)
+        raise ModelSpecError(16, f"{path} is not an exported program alone", why="it may hold compiled code", fix=fix)
     if any(re.search(r'"use_pickle":\s*true', text) for text in configs):
         why = "a pickle runs code when it is opened"
-        raise ModelSpecError(14, f"{path} holds pickled tensors", why=why, fix="export it with plain tensors")
+        raise ModelSpecError(17, f"{path} holds pickled tensors", why=why, fix="export it with plain tensors")
