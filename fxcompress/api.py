@@ -68,6 +68,7 @@ def compile(
     dynamic_shapes: Any = None,
     threads: int | None = None,
     measure: bool = True,
+    speed_gate: bool | None = None,
     strict: bool = False,
     dump: str | None = None,
     observer: Callable[[StepRecord], None] | None = None,
@@ -80,8 +81,7 @@ def compile(
         model: Any module ``torch.export`` or ``torch.fx`` can capture.
         example_inputs: Positional inputs as a tuple, one tensor, or a dict of keyword inputs. Optional when
             ``calibration`` can supply a batch.
-        passes: What to do, in order. Omitted: fusion, and static INT8 quantization when there is calibration data; then
-            layers, or the whole model, stay in float32 where INT8 is not faster on this machine.
+        passes: What to do, in order. Omitted: fusion, and static INT8 quantization when there is calibration data.
         target: ``"onnxruntime"``, ``"openvino"`` or ``"torch"``. Omitted: the fastest of the installed runtimes.
         calibration: Iterable of batches: tensors, tuples (a label behind the inputs is ignored) or dicts.
         evaluate: Scores any callable model; higher is better. Called on ``model`` and on the engine.
@@ -89,6 +89,8 @@ def compile(
         dynamic_shapes: As in ``torch.export.export``; by default the batch is dynamic.
         threads: Threads of the engine; by default the physical cores.
         measure: Measure latency before and after (processes of their own, a few seconds).
+        speed_gate: Leave layers, or the whole model, in float32 where INT8 is not faster on this machine. By default on
+            when ``passes`` are omitted, and off when they are given. Needs ``measure``.
         strict: Turn every fallback (a layer left in float32, a fixed batch) into an error.
         dump: Folder for the program after every pass, as text, with diffs.
         observer: Called after every pass with its record.
@@ -113,7 +115,8 @@ def compile(
     job = _Job(model, passes, data, threads=threads, dump=dump, observer=observer)
     job.capture(example_inputs, dynamic_shapes)
     candidates = [c for t in targets for c in job.candidates(t)]
-    engine = job.select(candidates, measure=measure or target is None)
+    gate = passes is None if speed_gate is None else speed_gate
+    engine = job.select(candidates, measure=measure or target is None, gate=gate)
     job.check_accuracy(engine, evaluate, max_drop)
     job.finish(engine, strict)
     return engine
@@ -199,7 +202,7 @@ class _Job:
         result = pipeline(program, Context(**{**vars(context), "verify": True}))
         return result.program, result.metrics["steps"]
 
-    def select(self, candidates: list[Candidate], *, measure: bool) -> Engine:
+    def select(self, candidates: list[Candidate], *, measure: bool, gate: bool) -> Engine:
         """Measure the candidates and keep the one to hand over; parity is checked on it before."""
         assert self.captured is not None
         args, kwargs = self.captured.example
@@ -210,7 +213,7 @@ class _Job:
                 args,
                 kwargs,
                 measure=measure and not simulated,
-                free=self.passes is None,
+                gate=gate,
                 threads=self.threads,
             )
             if simulated and candidates[-1].precision != "float32":

@@ -85,7 +85,7 @@ def available_targets() -> list[Target]:
 
 
 def choose(
-    candidates: list[Candidate], args: Any, kwargs: Any, *, measure: bool, free: bool, threads: int | None
+    candidates: list[Candidate], args: Any, kwargs: Any, *, measure: bool, gate: bool, threads: int | None
 ) -> Choice:
     """Pick the engine to hand over.
 
@@ -94,22 +94,20 @@ def choose(
         args: Example positional inputs.
         kwargs: Example keyword inputs.
         measure: Time them; without it the last candidate is taken.
-        free: The user left the passes to us: what is not faster than the best float32 engine is given up.
+        gate: Give up what is not faster than the best float32 engine.
         threads: Threads of engines built on the way.
     """
     if not measure:
         return Choice(candidates[-1], _baseline_of(candidates[-1], candidates))
     times = _Timed(args, kwargs, threads)
     times.add(candidates)
-    if not free:
-        return times.choice(candidates[-1], candidates, [])
     floats = [c for c in candidates if c.precision == "float32"]
-    best_float = times.fastest(floats)
     quantized = [c for c in candidates if c.precision != "float32"]
+    if not gate:
+        return times.choice(times.fastest(quantized or floats), candidates, [])
+    best_float = times.fastest(floats)
     if not quantized:
-        return times.choice(
-            best_float, candidates, ["float32: there is no calibration data to quantize with"] * bool(quantized)
-        )
+        return times.choice(best_float, candidates, ["float32: no pass quantizes; that needs calibration data"])
     best = times.fastest(quantized)
     decisions: list[str] = []
     if not times.beats(best, best_float):

@@ -329,6 +329,14 @@ def test_explicit_passes_are_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.onnxruntime
+def test_the_speed_gate_can_be_asked_for_and_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    timings(monkeypatch, {"float32": 2.0, "int8": 3.0})
+    engine = default(passes=INT8, speed_gate=True)
+    assert engine.report.precision == "float32" and engine.report.decisions
+    assert default(speed_gate=False).report.precision == "int8"
+
+
+@pytest.mark.onnxruntime
 @pytest.mark.openvino
 @pytest.mark.parametrize(
     ("times", "winner"),

@@ -318,7 +318,7 @@ def test_model_that_fails_on_a_batch() -> None:
         quantize([torch.tensor([[1, 2]]), torch.tensor([[1, 7]])], p)
 
 
-class Late(Pass):
+class AfterCalibration(Pass):
     """Fails after all the work of the passes before it."""
 
     def run(self, program: Program, context: Context) -> Result:
@@ -330,8 +330,8 @@ def test_nothing_is_lost_when_a_late_pass_raises() -> None:
     before = {k: v.clone() for k, v in model.state_dict().items()}
     p = capture(model, (images(2),))
     state = fingerprint(p)
-    pipeline = Pipeline(passes=(FoldBatchNorm(), FuseActivations(), QuantizeStatic(), Late()))
-    with pytest.raises(PassError, match="pass Late failed"):
+    pipeline = Pipeline(passes=(FoldBatchNorm(), FuseActivations(), QuantizeStatic(), AfterCalibration()))
+    with pytest.raises(PassError, match="pass AfterCalibration failed"):
         pipeline(p, Context(calibration=[images()]))
     assert fingerprint(p) == state and model.training
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())

@@ -38,7 +38,7 @@ PAIR = [candidate("a", "float32"), candidate("a", "int8")]
 
 
 def decide(candidates: list[Candidate], **options: Any) -> selection.Choice:
-    return choose(candidates, (), {}, **({"measure": True, "free": True, "threads": 1} | options))
+    return choose(candidates, (), {}, **({"measure": True, "gate": True, "threads": 1} | options))
 
 
 @pytest.mark.parametrize(
@@ -78,8 +78,20 @@ def test_without_measuring_the_last_candidate_is_taken(monkeypatch: pytest.Monke
 
 def test_a_given_choice_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
     rounds(monkeypatch, a_float32=[1.0] * 5, a_int8=[2.0] * 5)
-    found = decide(PAIR, free=False)
+    found = decide(PAIR, gate=False)
     assert found.chosen is PAIR[1] and found.speedup == (0.5, 0.5, 0.5)
+
+
+def test_without_the_gate_the_fastest_compressed_engine_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    several = [candidate(target, precision) for target in ("a", "b") for precision in ("float32", "int8")]
+    rounds(monkeypatch, a_float32=[1.0] * 5, a_int8=[2.0] * 5, b_float32=[1.0] * 5, b_int8=[3.0] * 5)
+    assert decide(several, gate=False).chosen is several[1]
+
+
+def test_nothing_was_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds(monkeypatch, a_float32=[1.0] * 5)
+    found = decide(PAIR[:1])
+    assert found.chosen is PAIR[0] and "no pass quantizes" in found.decisions[0]
 
 
 def test_ratio() -> None:

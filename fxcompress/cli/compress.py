@@ -170,7 +170,7 @@ def _build(options: Options, model: ResolvedModel, dataset: DataSet | None) -> N
 
     require_example(model)
     passes = chosen_passes(options.passes, options.calibrator, options.samples, options.ignore, dataset is not None)
-    _check_passes(dataset, passes)
+    _check_passes(dataset, passes, by_hand=options.passes is not None)
     with console.progress(f"compressing {model.name}"):
         try:
             engine = api.compile(
@@ -204,19 +204,20 @@ def _arguments(options: Options, model: ResolvedModel, dataset: DataSet | None) 
         "max_drop": allowed if scoring is not None else None,
         "threads": options.threads,
         "measure": options.measure,
+        "speed_gate": options.measure and options.passes is None,
         "strict": options.strict,
         "dump": None if options.dump is None else str(options.dump),
     }
 
 
-def _check_passes(dataset: DataSet | None, passes: tuple[Pass, ...] | None) -> None:
+def _check_passes(dataset: DataSet | None, passes: tuple[Pass, ...] | None, *, by_hand: bool) -> None:
     """Say what the choice of data and passes means; refuse passes that need data where there is none."""
     lossy = [p.name for p in passes or () if not p.exact]
     if dataset is None and lossy:
         raise UsageError(86, f"{lossy[0]} needs calibration data", fix="give --data DIR_OR_NPZ")
     if dataset is None:
         console.say("note: no --data, so nothing can be calibrated: the engine stays in float32")
-    elif passes is not None:
+    elif by_hand:
         console.say("note: passes were chosen by hand: their result is kept even where float32 is faster")
 
 

@@ -67,7 +67,7 @@ def show_plan(options: Options, model: ResolvedModel, dataset: DataSet | None) -
         "model": model.spec,
         "target": name,
         "recipe": [step.config for step in found.steps],
-        "speed_gate": passes is None and options.measure,
+        "speed_gate": options.passes is None and options.measure,
         "parameters": count_parameters(program),
         "macs": count_macs(program),
         "steps": [dataclasses.asdict(step) for step in found.steps],

@@ -69,7 +69,7 @@ def example_batch(program: Program) -> int:
 def chosen_passes(
     text: str | None, calibrator: str, samples: int, ignore: Sequence[str], calibrated: bool
 ) -> tuple[Pass, ...] | None:
-    """The passes to run; None leaves the choice, and the speed gate, to ``compile``.
+    """The passes to run; None leaves the choice to ``compile``.
 
     Args:
         text: ``--passes``: names separated by commas, or a ``.json`` file with recipe entries.

@@ -14,9 +14,9 @@ Replace = Callable[[Callable[..., Any] | BaseException], None]
 
 
 def test_inspect_says_what_each_pass_could_touch(run: Run, model: str) -> None:
-    code, out, _ = run("inspect", model, "--target", "openvino", "--json")
+    code, out, _ = run("inspect", model, "--target", "torch", "--json")
     facts = json.loads(out)
-    assert code == 0 and facts["target"] == "openvino"
+    assert code == 0 and facts["target"] == "torch"
     rows = {row["name"]: row for row in facts["layers"]}
     assert rows["stem"]["fold"] == "yes: norm" and rows["norm"]["fold"] == "yes"
     assert rows["stem"]["fuse"] == "yes: relu" and rows["branch"]["fuse"] == "yes: add + relu"
@@ -57,7 +57,7 @@ def build():
 
 
 def test_inspect_table(run: Run, model: str) -> None:
-    code, out, _ = run("inspect", model, "--target", "openvino")
+    code, out, _ = run("inspect", model, "--target", "torch")
     assert code == 0
     for word in (
         "stem",
