@@ -19,7 +19,7 @@ from fxcompress.capture import capture
 from fxcompress.data import CalibrationData, as_call, example_from
 from fxcompress.engines import Engine, Target
 from fxcompress.engines import target as find_target
-from fxcompress.environment import describe, peak_memory
+from fxcompress.environment import describe, peak_memory, trim_memory
 from fxcompress.errors import CaptureError, GateError, PassError, UsageError
 from fxcompress.ir import Program, evaluating, nonfinite_tensors
 from fxcompress.parity import check_parity
@@ -159,6 +159,7 @@ class _Job:
     def timed(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
+        trim_memory()
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
     def capture(self, example: Any, dynamic_shapes: Any) -> None:
@@ -192,6 +193,8 @@ class _Job:
         with self.timed("build"):
             for candidate in result:
                 candidate.build(self.threads)
+                if candidate is not result[-1]:
+                    candidate.engine.release()  # it is timed in another process, and rarely handed over
         return result
 
     def _run(

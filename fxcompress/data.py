@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,15 @@ from torch.utils import _pytree as pytree
 from fxcompress.errors import CalibrationError, UsageError
 from fxcompress.ir import Program
 
-__all__ = ["CalibrationData", "all_finite", "as_call", "example_from", "input_problem"]
+__all__ = ["CalibrationData", "Call", "all_finite", "as_call", "example_from", "grouped", "input_problem", "joined"]
 
+T = TypeVar("T")
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 #: Share of the batches that may hold NaN or infinity (they are skipped).
 _MAX_BAD = 0.01
+#: Input values of a group of calls: eight photographs of 200 x 200 pixels.
+_LARGEST_GROUP = 1 << 20
 
 
 def as_call(batch: Any, names: tuple[str, ...] | None = None) -> Call:
@@ -202,6 +205,41 @@ def _checked(program: Program, batch: Any, number: int, device: torch.device | N
         return args, kwargs
     moved: Call = pytree.tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, (args, kwargs))
     return moved
+
+
+def grouped(items: Iterable[T], call_of: Callable[[T], Call], samples: int) -> Iterator[list[T]]:
+    """Runs of neighbours that can be one batch: their tensors differ in dimension 0 only, and the whole stays small.
+
+    Args:
+        items: In order.
+        call_of: The call of an item.
+        samples: Most samples of a run; an item that has more is a run by itself.
+    """
+    group: list[T] = []
+    kind, size = _kind(((), {})), 0
+    for item in items:
+        call = call_of(item)
+        own_kind, own_size = _kind(call), _batch_size(call)
+        values = sum(math.prod(shape) for shape, _ in own_kind) * (size + own_size)
+        if group and (own_kind != kind or size + own_size > samples or values > _LARGEST_GROUP):
+            yield group
+            group, size = [], 0
+        group.append(item)
+        kind, size = own_kind, size + own_size
+    if group:
+        yield group
+
+
+def _kind(call: Call) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    return [(tuple(v.shape[1:]), v.dtype) for v in pytree.tree_leaves(call) if isinstance(v, Tensor)]
+
+
+def joined(calls: list[Call]) -> Call:
+    """Calls of one kind (see `grouped`) as a single one."""
+    if len(calls) == 1:
+        return calls[0]
+    leaves = zip(*(pytree.tree_leaves(call) for call in calls), strict=True)
+    return cast(Call, pytree.tree_unflatten([torch.cat(parts) for parts in leaves], pytree.tree_structure(calls[0])))
 
 
 def all_finite(x: Tensor) -> bool:

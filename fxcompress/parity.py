@@ -174,12 +174,12 @@ class _Recorder(Interpreter):
     def run_node(self, n: Node) -> Any:
         result = super().run_node(n)
         if isinstance(result, Tensor) and n.op in ("call_module", "call_function"):
-            self.found[self.names[n]] = result = self.seen(n, result)
+            return self.seen(n, result)
         return result
 
     def seen(self, node: Node, value: Tensor) -> Tensor:
         """Called for every value; what it returns is what later nodes read."""
-        del node
+        self.found[self.names[node]] = value
         return value
 
 
@@ -354,6 +354,7 @@ class _Checker(_Recorder):
         quantized = {self.names[n] for n, m in program.layers() if isinstance(m, FakeQuantize)}
         points = [t for t in engine.tap_names() if not quantized or t in quantized]
         self.own = engine.taps(points, *args, **kwargs)
+        engine.release(taps_only=True)
         self.tolerance = tolerance
         self.first: Difference | None = None
 

@@ -97,6 +97,15 @@ class Engine:
         runner = self._fixed.get(shapes) or self._choose(shapes)
         return runner(inputs)
 
+    def release(self, *, taps_only: bool = False) -> None:
+        """Drop the executables, or just that of ``taps``, and their memory; what is needed is loaded again."""
+        with self._lock:
+            self._tapped = {}
+            if taps_only:
+                return
+            self._fixed, self._free = {}, None
+            self._seen = {tuple(tuple(s.example) for s in self.signature.tensor_inputs()): SEEN_BEFORE_FIXING}
+
     def _choose(self, shapes: Shapes) -> Runner:
         with self._lock:
             if shapes in self._fixed:

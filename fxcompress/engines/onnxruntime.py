@@ -136,14 +136,14 @@ def quantize_dequantize(r: Realizer, node: ir.Node, grid: Grid) -> ir.Value:
     return r.emit(node, "DequantizeLinear", q, scale, zero, name=f"{name}/DequantizeLinear", **extra)
 
 
-def write_onnx(portable: PortableModel, folder: Path) -> list[str]:
-    """Write the model; returns the file names, the model first."""
+def write_onnx(portable: PortableModel, folder: Path, external_from: int = EXTERNAL_FROM) -> list[str]:
+    """Write the model, its weights apart above ``external_from`` bytes; returns the file names, the model first."""
     import onnx_ir as ir
 
     size = sum(
         int(v.const_value.nbytes) for v in portable.model.graph.initializers.values() if v.const_value is not None
     )
-    if size < EXTERNAL_FROM:
+    if size < external_from:
         ir.save(portable.model, folder / MODEL)
         return [MODEL]
     ir.save(portable.model, folder / MODEL, external_data=WEIGHTS)

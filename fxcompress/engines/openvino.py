@@ -57,7 +57,7 @@ class OpenVinoEngine(Engine):
         distinct = list(dict.fromkeys(values))
         for value in distinct:
             model.add_outputs([outputs[value].output(0)])
-        runner = _Requests(compile_model(model, self.threads), self._order(model))
+        runner = _Requests(compile_model(model, self.threads), self._order(model), reused=False)
         return lambda inputs: _pick(runner(inputs), [count + distinct.index(v) for v in values])
 
     def _fix_shapes(self, model: Any, shapes: Shapes) -> None:
@@ -75,14 +75,21 @@ def _pick(values: list[Tensor], indices: list[int]) -> list[Tensor]:
 
 
 class _Requests:
-    """Runs a compiled model on torch tensors; each thread takes an infer request of its own from a pool."""
+    """Runs a compiled model on torch tensors; each thread takes an infer request of its own from a pool.
 
-    def __init__(self, compiled: Any, order: list[int]) -> None:
+    Args:
+        compiled: The model.
+        order: Place of each input among the model's.
+        reused: False: a request for each call, whose memory the results keep.
+    """
+
+    def __init__(self, compiled: Any, order: list[int], *, reused: bool = True) -> None:
         import openvino as ov
 
         self.compiled = compiled
         self._tensor = ov.Tensor
         self._order = order
+        self._reused = reused
         self._outputs = range(len(compiled.outputs))
         self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
@@ -97,12 +104,14 @@ class _Requests:
             for place, array in zip(self._order, arrays, strict=True):
                 request.set_input_tensor(place, self._tensor(array, shared_memory=True))
             request.infer()
-            # The request's memory is written again by the next call.
-            return [torch.from_numpy(request.get_output_tensor(i).data).clone() for i in self._outputs]
+            found = [torch.from_numpy(request.get_output_tensor(i).data) for i in self._outputs]
+            # The request's memory is written again by its next call.
+            return [x.clone() for x in found] if self._reused else found
         except RuntimeError as error:
             raise EngineError(20, "OpenVINO failed", why=str(error)[:800]) from error
         finally:
-            self._idle.put(request)
+            if self._reused:
+                self._idle.put(request)
 
 
 def read_model(path: Path) -> Any:
@@ -239,7 +248,7 @@ def write_openvino(ready: PortableModel, folder: Path) -> dict[str, str]:
     import openvino as ov
 
     ready.model.opset_imports[_DOMAIN] = 1
-    files = write_onnx(ready, folder)
+    files = write_onnx(ready, folder, external_from=1 << 20)  # what is read from a file of its own is not copied
     model = read_model(folder / files[0])
     ov.save_model(model, str(folder / MODEL), compress_to_fp16=False)
     names = {op.get_friendly_name() for op in model.get_ordered_ops()}

@@ -18,7 +18,7 @@ __all__ = ["InputMeans", "correct_bias"]
 
 
 #: A sample is represented by about this many values of each input: the mean of a channel needs no more.
-_ENOUGH = 1 << 16
+_ENOUGH = 1 << 14
 
 
 class InputMeans:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from fxcompress.data import CalibrationData
+from fxcompress.data import CalibrationData, Call, grouped, joined
 from fxcompress.errors import CalibrationError, FxcError
 from fxcompress.ir import Program, evaluating
 from fxcompress.quant.fake_quantize import FakeQuantize
@@ -21,6 +21,8 @@ from fxcompress.quant.scheme import QuantScheme
 
 __all__ = ["calibrate", "freeze", "insert_observers"]
 
+#: Samples that are run as one batch at most.
+TOGETHER = 8
 _VIEWS = (torch.ops.aten.view.default, torch.ops.aten.as_strided.default)
 
 
@@ -48,18 +50,47 @@ def insert_observers(
 def calibrate(program: Program, data: CalibrationData, samples: int) -> None:
     """Run at most ``samples`` samples (whole batches) through ``program`` in eval mode, once.
 
+    Small batches are run together where the batch is dynamic: that is faster. An observer to which each batch counts
+    keeps them apart.
+
     Raises:
         CalibrationError: the data is empty, broken or does not fit, or the model fails on a batch.
     """
+    apart = any(m.observer.batchwise for m in program.gm.modules() if isinstance(m, FakeQuantize) and m.observer)
+    numbered = ((n + data.skipped, call) for n, call in enumerate(data.calls(program, samples)))
     with torch.no_grad(), evaluating(program.gm), _channels_last(program):
-        for number, (args, kwargs) in enumerate(data.calls(program, samples)):
+        for group in grouped(numbered, lambda item: item[1], 1 if apart else _samples_together(program)):
             try:
-                program(*args, **kwargs)
+                _run(program, joined([call for _, call in group]))
             except FxcError:
                 raise
             except Exception as error:
-                what = f"the model fails on calibration batch {number + data.skipped}"
-                raise CalibrationError(5, what, why=f"{type(error).__name__}: {error}") from error
+                raise _failed(program, group, error) from error
+
+
+def _run(program: Program, call: Call) -> None:
+    program(*call[0], **call[1])
+
+
+def _failed(program: Program, group: list[tuple[int, Call]], error: Exception) -> CalibrationError:
+    """The error that names the batch of ``group`` which cannot be run."""
+    number = group[0][0]
+    if len(group) > 1:
+        for number, call in group:  # noqa: B007
+            try:
+                _run(program, call)
+            except Exception as alone:  # noqa: BLE001  whatever the model raises
+                error = alone
+                break
+    what = f"the model fails on calibration batch {number}"
+    return CalibrationError(5, what, why=f"{type(error).__name__}: {error}")
+
+
+def _samples_together(program: Program) -> int:
+    """How many samples may be run as one batch: 1 where an input has no dynamic batch of its own."""
+    inputs = program.placeholders()
+    sizes = {program.dynamic_dims().get(n.name, {}).get(0) for n in inputs}
+    return TOGETHER if len(sizes) == 1 and None not in sizes else 1
 
 
 def freeze(quantizers: dict[str, FakeQuantize], same_scale: list[list[Node]]) -> list[str]:

@@ -14,6 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -71,7 +72,10 @@ class Observer(ABC):
         high: Largest finite value seen, exact; minus infinity before the first.
         count: Number of finite values seen.
         nonfinite: Number of values ignored: NaN, infinity and what float32 cannot hold.
+        batchwise: The range depends on how the data was cut into batches.
     """
+
+    batchwise: ClassVar[bool] = False
 
     _sample_size = _SAMPLE
 
@@ -187,6 +191,7 @@ class MovingAverageObserver(Observer):
     """
 
     _sample_size = 0
+    batchwise = True
 
     def __init__(self, momentum: float = 0.1) -> None:
         super().__init__()

@@ -11,9 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from fxcompress.capture import capture
-from fxcompress.data import CalibrationData
+from fxcompress.data import CalibrationData, grouped
+from fxcompress.errors import CalibrationError
+from fxcompress.ir import Program
 from fxcompress.passbase import Context
 from fxcompress.passes import QuantizeStatic
+from fxcompress.quant.calibration import TOGETHER, calibrate, freeze, insert_observers
+from fxcompress.quant.fake_quantize import FakeQuantize
+from fxcompress.quant.placement import place
+from fxcompress.quant.scheme import QuantScheme
 from tests.helpers.small_net import fused, images, quantize
 
 
@@ -60,7 +66,7 @@ def test_sample_limit(samples: int, taken: int) -> None:
 def test_memory_does_not_grow_with_the_batches() -> None:
     loader = Loader(40)
     quantize(fused(), loader)
-    assert loader.most_alive <= 2
+    assert loader.most_alive <= 2 * TOGETHER // loader.batch  # a run and the next one
 
 
 def test_order_of_the_batches_does_not_matter_to_the_extremes() -> None:
@@ -126,3 +132,55 @@ def test_wrapped_data_is_used_as_it_is() -> None:
     data = CalibrationData(Loader(3))
     quantize(fused(), data)
     assert data.seen == 6 and data.skipped == 0
+
+
+# ------------------------------------------------------------------------------------------------ batches run together
+def seen_by(program: Program, batches: list[Any], calibrator: str = "minmax") -> tuple[list[int], FakeQuantize]:
+    """Samples of each run during calibration, and the quantizer of the input."""
+    scheme = QuantScheme()
+    quantizers = insert_observers(program, place(program, scheme), scheme, calibrator)
+    sizes: list[int] = []
+    layer = next(m for m in program.gm.modules() if isinstance(m, (nn.Conv2d, nn.Linear)))
+    handle = layer.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    calibrate(program, CalibrationData(batches), 300)
+    handle.remove()
+    freeze(quantizers, [])
+    return sizes, quantizers["x" if "x" in quantizers else next(iter(quantizers))]
+
+
+def network(batch: int, **shapes: Any) -> Program:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
+    return capture(model.eval(), (images(batch),), **shapes)
+
+
+@pytest.mark.parametrize(
+    ("batches", "sizes"),
+    [([1] * 10, [8, 2]), ([3, 3, 3, 1], [6, 4]), ([16, 1, 1], [16, 2]), ([1], [1])],
+)
+def test_small_batches_run_together(batches: list[int], sizes: list[int]) -> None:
+    data = [images(size, seed=n) for n, size in enumerate(batches)]
+    found, quantizer = seen_by(network(2), data)
+    assert found == sizes
+    alone = FakeQuantize(quantizer.spec)
+    everything = torch.cat(data)
+    alone.set_range(everything.min(), everything.max())
+    assert torch.equal(quantizer.scale, alone.scale) and torch.equal(quantizer.zero_point, alone.zero_point)
+
+
+def test_batches_stay_apart_where_they_must() -> None:
+    """An average over batches, a fixed batch, other shapes, large inputs."""
+    ones = [images(1, seed=n) for n in range(4)]
+    assert seen_by(network(2), ones, "moving_average")[0] == [1] * 4
+    assert seen_by(network(1, dynamic_shapes=({},)), ones)[0] == [1] * 4
+    free = network(2, dynamic_shapes=({0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO},))
+    wide = torch.cat([ones[1], ones[1]], dim=2)
+    assert seen_by(free, [ones[0], ones[0], wide, ones[1]])[0] == [2, 1, 1]
+    huge = torch.zeros(1, 3, 700, 700)
+    assert [len(g) for g in grouped([((huge,), {})] * 3, lambda call: call, 8)] == [1, 1, 1]
+
+
+def test_batch_that_fails_among_others_is_named() -> None:
+    program = capture(nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2)), (torch.tensor([[1, 2]] * 2),))
+    good, bad = torch.tensor([[1, 2]]), torch.tensor([[1, 7]])
+    with pytest.raises(CalibrationError, match="calibration batch 3"):
+        quantize(program, [good, good, good, bad, good])
