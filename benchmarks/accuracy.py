@@ -9,6 +9,7 @@ sample is run by itself (batch 1), in the engine that ships. "Held out" are the 
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
@@ -18,7 +19,7 @@ import numpy.typing as npt
 
 from benchmarks import data, export, harness, ours, peers
 from benchmarks.harness import Contestant, Json
-from benchmarks.models import CALIBRATION_SENTENCES, MODELS, sts_sentences, tokenize
+from benchmarks.models import CALIBRATION_SENTENCES, MODELS, Model, sts_sentences, tokenize
 
 Array = npt.NDArray[np.float32]
 Arrays = Mapping[str, npt.NDArray[np.generic]]
@@ -103,8 +104,19 @@ def entries(name: str, task: Task, options: argparse.Namespace) -> tuple[list[Co
         found += [
             ours.compile_to(model, target, task.count, measure=False) for target in ours.TARGETS
         ]  # no FP32 for speed
+        found.append(made_for_avx2(model, task.count))
     narrow = [c for c in found if _is_openvino(c) and "FP32" not in c.name]
     return found + [replace(c, name=f"{c.name} (AVX2)", variables=AVX2) for c in narrow], failed
+
+
+def made_for_avx2(model: Model, count: int) -> Contestant:
+    """Our OpenVINO engine as it would be made on a processor without VNNI."""
+    os.environ["FXCOMPRESS_CPU_FLAGS"] = "avx2 fma"
+    try:
+        name = f"{ours.OPENVINO}, made for AVX2"
+        return ours.compile_to(model, "openvino", count, measure=False, name=name, folder="avx2")
+    finally:
+        del os.environ["FXCOMPRESS_CPU_FLAGS"]
 
 
 def _is_openvino(contestant: Contestant) -> bool:

@@ -19,6 +19,7 @@ from benchmarks.harness import Contestant, Json
 from benchmarks.models import Calibration, Model, work_folder
 
 TARGETS: Final = ("onnxruntime", "openvino")
+OPENVINO: Final = "fxcompress → openvino"
 
 
 def compile_to(
@@ -29,6 +30,7 @@ def compile_to(
     network: nn.Module | None = None,
     evaluate: Callable[[Any], float] | None = None,
     name: str | None = None,
+    folder: str = "",
     **options: Any,
 ) -> Contestant:
     """Compiles a network with fxcompress's default passes and saves the engine, afresh each time.
@@ -40,6 +42,7 @@ def compile_to(
         network: The built network, if the caller has one.
         evaluate: Handed on to ``compile``.
         name: In the tables; ``fxcompress → target`` by default.
+        folder: Part of the folder's name, to keep engines of one target apart.
         **options: Handed on to ``compile``.
     """
     fxc = importlib.import_module("fxcompress")
@@ -52,9 +55,9 @@ def compile_to(
     if evaluate is not None:
         keywords["evaluate"] = evaluate
     engine = fxc.compile(network if network is not None else model.build(), **keywords)
-    folder = work_folder() / model.name / f"fxcompress-{target or 'default'}-{count}"
-    shutil.rmtree(folder, ignore_errors=True)
-    engine.save(str(folder))
+    path = work_folder() / model.name / "-".join(["fxcompress", target or "default", *folder.split(), str(count)])
+    shutil.rmtree(path, ignore_errors=True)
+    engine.save(str(path))
     settings: Mapping[str, Json] = {
         "recipe": "fxcompress.compile",
         "target": target,
@@ -63,7 +66,7 @@ def compile_to(
         "chosen": f"{engine.report.precision} in {engine.report.target}",
         "report": str(engine.report),
     }
-    return Contestant(name or f"fxcompress → {target or 'default'}", "fxcompress", str(folder), settings)
+    return Contestant(name or f"fxcompress → {target or 'default'}", "fxcompress", str(path), settings)
 
 
 def file_of(contestant: Contestant) -> Contestant:

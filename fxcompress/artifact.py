@@ -14,13 +14,14 @@ import os
 import shutil
 import stat
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fxcompress.engines import Engine, engine_class, target
 from fxcompress.engines.signature import IOSignature
-from fxcompress.environment import describe
+from fxcompress.environment import describe, has_vnni
 from fxcompress.errors import ArtifactError, UsageError
 
 __all__ = ["ENVIRONMENT", "FORMAT", "MANIFEST", "REPORT", "SCHEMA", "load", "save"]
@@ -246,9 +247,22 @@ def load(folder: str | Path, *, threads: int | None = None) -> Engine:
                 7, "the folder was made for an engine this version does not have", why=error.what
             ) from error
         raise
+    _check_processor(engine)
     if REPORT in manifest["files"]:
         engine.report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
     return engine
+
+
+def _check_processor(engine: Engine) -> None:
+    """Warn when sums that were exact where the engine was made saturate here."""
+    if engine.details.get("full_range_weights") and not has_vnni():
+        note = (
+            "the engine was made for a processor that adds 8-bit products in 32 bits (VNNI); this one adds them in 16, "
+            "where they saturate, so outputs may be far off: compile on this processor, or for it with "
+            "FXCOMPRESS_CPU_FLAGS"
+        )
+        engine.notes.append(note)
+        warnings.warn(note, UserWarning, stacklevel=4)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

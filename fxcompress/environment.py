@@ -64,17 +64,28 @@ def parse_cpu_info(text: str) -> dict[str, str]:
 
 
 def cpu_flags() -> frozenset[str]:
-    """Instruction sets of this processor that matter for INT8 (names as in Linux's cpuinfo)."""
+    """Instruction sets that matter for INT8 (names as in Linux's cpuinfo) of the processor engines are made for.
+
+    That is this one, unless ``FXCOMPRESS_CPU_FLAGS`` names those of another, separated by spaces or commas.
+    """
+    other = os.environ.get("FXCOMPRESS_CPU_FLAGS")
+    if other is not None:
+        return frozenset(other.replace(",", " ").split())
     info = _cpu_info()
     return frozenset((info.get("flags") or info.get("Features") or "").split()) & frozenset(_FLAGS)
 
 
-def has_vnni() -> bool:
+def has_vnni(flags: frozenset[str] | None = None) -> bool:
     """True when 8-bit products are summed in 32 bits by the processor (VNNI, AMX, ARM dot product).
 
-    Without it, x86 kernels add pairs of u8 x s8 products in 16 bits, which saturates for full-range weights.
+    Without it, x86 kernels use ``vpmaddubsw``, which adds pairs of u8 x s8 products in 16 bits and saturates for
+    full-range weights.
+
+    Args:
+        flags: Of the processor; by default `cpu_flags`.
     """
-    return bool(cpu_flags() & {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"})
+    known = cpu_flags() if flags is None else flags
+    return bool(known & {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"})
 
 
 def physical_cores() -> int:

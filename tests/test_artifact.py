@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+import fxcompress as fxc
 import fxcompress.artifact as artifact
 from fxcompress.artifact import MANIFEST, load, save
 from fxcompress.engines import Engine, registered_targets
@@ -311,3 +313,22 @@ def test_replacing_a_saved_engine(engine: Engine, tmp_path: Path, monkeypatch: p
     assert "third" in contents(tmp_path / "out") and "second" not in contents(tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert torch.allclose(load(tmp_path / "out")(images(2)), cnn()(images(2)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.onnxruntime
+def test_engine_made_for_another_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Full-range weights saturate where sums have 16 bits: loading says so; engines made for there are fine."""
+    made = {}
+    for name, flags in (("vnni", "avx512_vnni"), ("avx2", "avx2 fma")):
+        monkeypatch.setenv("FXCOMPRESS_CPU_FLAGS", flags)
+        passes = (fxc.FuseActivations(), fxc.QuantizeStatic())
+        options: dict[str, Any] = {"passes": passes, "target": "onnxruntime", "measure": False}
+        made[name] = fxc.compile(cnn(), (images(2),), calibration=[images(8)], **options).save(tmp_path / name)
+    with pytest.warns(UserWarning, match="saturate"):
+        loaded = load(made["vnni"])
+    assert any("saturate" in note for note in loaded.notes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not load(made["avx2"]).notes
+        monkeypatch.setenv("FXCOMPRESS_CPU_FLAGS", "avx_vnni")
+        load(made["vnni"]), load(made["avx2"])

@@ -65,6 +65,15 @@ def test_no_vnni(cpu: Fake, text: str) -> None:
     assert not has_vnni()
 
 
+def test_flags_of_another_processor(cpu: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu(INTEL)
+    monkeypatch.setenv("FXCOMPRESS_CPU_FLAGS", "avx2, fma")
+    assert cpu_flags() == {"avx2", "fma"} and not has_vnni()
+    monkeypatch.setenv("FXCOMPRESS_CPU_FLAGS", "")
+    assert cpu_flags() == frozenset() and not has_vnni()
+    assert has_vnni(frozenset({"amx_int8"}))
+
+
 def test_physical_cores(cpu: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
     cpu(INTEL)

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from torch import Tensor
 
 from fxcompress.engines.signature import IOSignature
-from fxcompress.environment import has_vnni, physical_cores
+from fxcompress.environment import physical_cores
 from fxcompress.errors import MissingRuntimeError, UsageError
 from fxcompress.ir import Program
+from fxcompress.quant.fake_quantize import FakeQuantize
 from fxcompress.quant.scheme import QuantScheme
 
 if TYPE_CHECKING:
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
     from fxcompress.lowering import PortableModel
 
 __all__ = [
-    "Engine", "Runner", "Scratch", "Shapes", "Target", "check_threads", "engine_class", "nearest", "register",
-    "registered_targets", "require", "sums_in_32_bits", "target",
+    "Engine", "Runner", "Scratch", "Shapes", "Target", "check_threads", "engine_class", "full_range_weights",
+    "nearest", "register", "registered_targets", "require", "target",
 ]  # fmt: skip
 
 Runner = Callable[[list[Tensor]], list[Tensor]]
@@ -34,7 +35,6 @@ Shapes = tuple[tuple[int, ...], ...]
 #: So many shapes get an executable of their own, each when it has come so many times.
 FIXED_SHAPES = 4
 SEEN_BEFORE_FIXING = 3
-_EXACT_SUMS = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"})
 
 
 class Engine:
@@ -268,12 +268,10 @@ def check_threads(threads: int | None) -> int:
     return int(threads)
 
 
-def sums_in_32_bits(flags: frozenset[str] | None) -> bool:
-    """True when the processor adds 8-bit products in 32 bits (VNNI, AMX, Arm dot product).
-
-    Without it, x86 kernels use ``vpmaddubsw``, which adds two products in 16 bits and saturates for full-range weights.
-    """
-    return has_vnni() if flags is None else bool(flags & _EXACT_SUMS)
+def full_range_weights(program: Program) -> bool:
+    """True when a weight uses more than 7 bits: its products only add up with `has_vnni`."""
+    grids = [m.spec for m in program.gm.modules() if isinstance(m, FakeQuantize)]
+    return any(grid.signed and grid.symmetric and grid.steps > 127 for grid in grids)
 
 
 class Scratch:

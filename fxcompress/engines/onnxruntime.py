@@ -11,10 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxcompress.engines.base import Engine, Runner, Scratch, Shapes, check_threads, register, require, sums_in_32_bits
+from fxcompress.engines.base import (
+    Engine,
+    Runner,
+    Scratch,
+    Shapes,
+    check_threads,
+    full_range_weights,
+    register,
+    require,
+)
 from fxcompress.engines.ort_linear import gemm_form
 from fxcompress.engines.quantized import Grid, Realizer
 from fxcompress.engines.signature import IOSignature
+from fxcompress.environment import has_vnni
 from fxcompress.errors import EngineError
 from fxcompress.ir import Program
 from fxcompress.lowering import PortableModel, lower
@@ -166,7 +176,7 @@ class OnnxRuntimeTarget:
 
     def scheme(self, flags: frozenset[str] | None = None) -> QuantScheme:
         """uint8 activations and int8 weights per channel; 7-bit weights where 16-bit sums saturate."""
-        exact = sums_in_32_bits(flags)
+        exact = has_vnni(flags)
         low, high = (-127, 127) if exact else (-64, 63)
         return QuantScheme(
             weight=QuantSpec(8, signed=True, symmetric=True, axis=0, qmin=low, qmax=high),
@@ -188,7 +198,7 @@ class OnnxRuntimeTarget:
         scratch = Scratch()
         try:
             files = write_onnx(ready, scratch.path)
-            details = {"files": files, "taps": ready.taps}
+            details = {"files": files, "taps": ready.taps, "full_range_weights": full_range_weights(portable.program)}
             signature = IOSignature.of(portable.program)
             signature = renamed(signature, ready.outputs)
             engine = OnnxRuntimeEngine(

@@ -11,10 +11,20 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from fxcompress.engines.base import Engine, Runner, Scratch, Shapes, check_threads, register, require, sums_in_32_bits
+from fxcompress.engines.base import (
+    Engine,
+    Runner,
+    Scratch,
+    Shapes,
+    check_threads,
+    full_range_weights,
+    register,
+    require,
+)
 from fxcompress.engines.onnxruntime import as_numpy, renamed, write_onnx
 from fxcompress.engines.quantized import Grid, Realizer
 from fxcompress.engines.signature import IOSignature
+from fxcompress.environment import has_vnni
 from fxcompress.errors import EngineError
 from fxcompress.ir import Program
 from fxcompress.lowering import DOMAIN, PortableModel, lower
@@ -214,7 +224,7 @@ class OpenVinoTarget:
 
     def scheme(self, flags: frozenset[str] | None = None) -> QuantScheme:
         """uint8 activations and int8 weights per channel; 7-bit weights where 16-bit sums saturate."""
-        exact = sums_in_32_bits(flags)
+        exact = has_vnni(flags)
         low, high = (-127, 127) if exact else (-64, 63)
         return QuantScheme(
             weight=QuantSpec(8, signed=True, symmetric=True, axis=0, qmin=low, qmax=high),
@@ -233,7 +243,11 @@ class OpenVinoTarget:
         try:
             taps = write_openvino(ready, scratch.path)
             signature = renamed(IOSignature.of(portable.program), ready.outputs)
-            details = {"files": [MODEL, WEIGHTS], "taps": taps}
+            details = {
+                "files": [MODEL, WEIGHTS],
+                "taps": taps,
+                "full_range_weights": full_range_weights(portable.program),
+            }
             options: dict[str, Any] = {"threads": threads, "details": details, "notes": ready.notes}
             engine = OpenVinoEngine(scratch.path, signature, program=portable.program, **options)
         except BaseException:
