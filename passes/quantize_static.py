@@ -91,6 +91,7 @@ class QuantizeStatic(Pass):
         for node in placement.layers:
             _quantize_weight(program, node, scheme, self.weight_calibrator)
         correct_bias(program, placement.layers, means)
+        notes += _fused_too_far(program, placement, scheme)
         return self._result(program, placement, notes, calls)
 
     def _result(self, program: Program, placement: Placement, notes: list[str], calls: CalibrationData) -> Result:
@@ -106,6 +107,24 @@ class QuantizeStatic(Pass):
         counts = {"layers": len(names), "values": len(placement.values), "grids": len(placement.groups)}
         changes = [f"quantized {name}" for name in dict.fromkeys(names)]
         return Result(program, changes, notes=notes, metrics={**counts, "samples": calls.seen})
+
+
+def _fused_too_far(program: Program, placement: Placement, scheme: QuantScheme) -> list[str]:
+    """A note when fused layers do more than one integer kernel of the engine does."""
+    names = []
+    for node in placement.layers:
+        layer = program.module(node) if node.op == "call_module" else None
+        activation = layer.activation if isinstance(layer, Fused) else None
+        odd = activation is not None and activation.name not in scheme.fused_activations
+        if odd or (isinstance(layer, Fused) and len(node.args) > 1 and not scheme.fused_residual):
+            names.append(layer_name(node))
+    if not names:
+        return []
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return [
+        f"{', '.join(names[:3])}{more}: fused with more than the engine runs in one integer kernel, so partly float; "
+        "run FuseActivations with the target's scheme"
+    ]
 
 
 def _weight(program: Program, node: Node) -> Tensor:

@@ -269,6 +269,17 @@ def test_sides_of_an_add_have_one_scale_and_their_own_zero_points() -> None:
     assert -low > 0 and high > 0 and min(-low, high) > 0.01 * max(-low, high)
 
 
+@pytest.mark.parametrize(("fused", "noted"), [(None, False), (QuantScheme(), True)])
+def test_layers_fused_further_than_the_engine_goes_are_noted(fused: QuantScheme | None, noted: bool) -> None:
+    narrow = QuantScheme(fused_residual=False, fused_activations=("relu",))
+    program = capture(
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.SiLU(), nn.Conv2d(4, 4, 3), nn.ReLU()), (torch.randn(2, 3, 8, 8),)
+    )
+    program = FuseActivations()(program, Context(scheme=fused or narrow)).program
+    notes = QuantizeStatic()(program, Context(calibration=[torch.randn(8, 3, 8, 8)], scheme=narrow)).notes
+    assert any(n.startswith("0: fused with more") for n in notes) == noted
+
+
 @pytest.mark.parametrize("low", [-1.0, 0.0, -0.2])
 def test_a_wider_scale_keeps_what_the_grid_covered(low: float) -> None:
     quantizer = FakeQuantize(QuantSpec(8, signed=False, symmetric=False))
