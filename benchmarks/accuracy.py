@@ -98,14 +98,14 @@ def entries(name: str, task: Task, options: argparse.Namespace) -> tuple[list[Co
     made, failed = peers.contestants(model, task.count, peers.recipes(model, options.quick))
     found = [*export.fp32_contestants(name), *made]
     if not model.is_text:
-        crossed = [c for c in made if c.runtime == "onnxruntime"]
+        crossed = [c for c in made if c.runtime == "onnxruntime"][:2]
         found += [replace(c, name=f"{c.name}, run by OpenVINO", runtime="openvino") for c in crossed]
     if not options.peers_only:
         found += [
             ours.compile_to(model, target, task.count, measure=False) for target in ours.TARGETS
         ]  # no FP32 for speed
         found.append(made_for_avx2(model, task.count))
-    narrow = [c for c in found if _is_openvino(c) and "FP32" not in c.name]
+    narrow = [c for c in found if _is_openvino(c) and c.name.startswith(("NNCF default", "NNCF mixed", "fxcompress"))]
     return found + [replace(c, name=f"{c.name} (AVX2)", variables=AVX2) for c in narrow], failed
 
 

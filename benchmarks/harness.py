@@ -288,7 +288,7 @@ def race(contestants: Sequence[Contestant], arrays: Mapping[str, npt.NDArray[np.
 
 
 def arguments(description: str, **defaults: object) -> argparse.Namespace:
-    """The options every benchmark has: ``--quick``, ``--peers-only``, ``--threads``, ``--rounds``.
+    """The options every benchmark has: ``--quick``, ``--peers-only``, ``--threads``, ``--rounds``, ``--seconds``.
 
     Args:
         description: First line of the help text.
@@ -299,6 +299,7 @@ def arguments(description: str, **defaults: object) -> argparse.Namespace:
     parser.add_argument("--peers-only", action="store_true", help="leave fxcompress out")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--seconds", type=float, default=1.5, help="at least, of each engine in each round")
     for name, value in defaults.items():
         kind = str if value is None else type(value)
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=value)
@@ -309,7 +310,8 @@ def timing_of(options: argparse.Namespace) -> Timing:
     """The race that ``--quick``, ``--rounds`` and ``--threads`` ask for."""
     if options.quick:
         return Timing(rounds=3, runs=10, seconds=0.3, warmup=0.2, threads=options.threads)
-    return Timing(rounds=options.rounds, threads=options.threads)
+    runs = 20 if options.seconds >= 1 else 10
+    return Timing(rounds=options.rounds, runs=runs, seconds=options.seconds, threads=options.threads)
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -78,6 +78,7 @@ class Engine:
         self._free: Runner | None = None
         self._tapped: dict[tuple[str, ...], Runner] = {}
         self._has_free_sizes = any(isinstance(n, str) for s in signature.tensor_inputs() for n in s.shape)
+        self._plain = signature.plain_dtypes()
         self._fix(tuple(s.example for s in signature.tensor_inputs()))
 
     # ---------------------------------------------------------------------------------------------- calls
@@ -88,8 +89,19 @@ class Engine:
             UsageError: an input is missing, unknown, or of another structure, dtype or size than captured.
             EngineError: the runtime failed.
         """
-        inputs = self.signature.bind(args, kwargs)
-        return self.signature.restore(self.run(inputs))
+        runner = None if kwargs else self._known(args)
+        if runner is not None:
+            return self.signature.restore(runner(list(args)))
+        return self.signature.restore(self.run(self.signature.bind(args, kwargs)))
+
+    def _known(self, args: tuple[Any, ...]) -> Runner | None:
+        """The executable for plain tensors of dtypes and shapes that were checked before."""
+        if len(args) != len(self._plain):
+            return None
+        for x, dtype in zip(args, self._plain, strict=True):
+            if type(x) is not Tensor or x.dtype != dtype:
+                return None
+        return self._fixed.get(tuple([x.shape for x in args]))
 
     def run(self, inputs: list[Tensor]) -> list[Tensor]:
         """Flat tensors in, flat tensors out; inputs must have been checked (``signature.bind``)."""

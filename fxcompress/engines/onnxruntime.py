@@ -91,7 +91,8 @@ class _Session:
 
 def as_numpy(x: Tensor) -> Any:
     """A contiguous view (or copy) of a CPU tensor."""
-    return x.detach().numpy() if x.is_contiguous() else x.detach().contiguous().numpy()
+    x = x.detach() if x.requires_grad else x
+    return x.numpy() if x.is_contiguous() else x.contiguous().numpy()
 
 
 def free_sizes(signature: IOSignature, shapes: Shapes) -> dict[str, int]:

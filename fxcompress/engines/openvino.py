@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import queue
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -107,21 +108,36 @@ class _Requests:
         try:
             request = self._idle.get_nowait()
         except queue.Empty:
-            request = self.compiled.create_infer_request()
+            request = _Request(self.compiled.create_infer_request(), [None] * len(inputs))
         try:
             # OpenVINO reads the arrays' memory and does not keep them alive: a copy made here must outlive the call.
             arrays = [as_numpy(x) for x in inputs]
-            for place, array in zip(self._order, arrays, strict=True):
-                request.set_input_tensor(place, self._tensor(array, shared_memory=True))
-            request.infer()
-            found = [torch.from_numpy(request.get_output_tensor(i).data) for i in self._outputs]
+            self._set(request, arrays, inputs)
+            request.infer.infer()
+            found = [request.infer.get_output_tensor(i).data for i in self._outputs]
             # The request's memory is written again by its next call.
-            return [x.clone() for x in found] if self._reused else found
+            return [torch.from_numpy(x.copy() if self._reused else x) for x in found]
         except RuntimeError as error:
             raise EngineError(20, "OpenVINO failed", why=str(error)[:800]) from error
         finally:
             if self._reused:
                 self._idle.put(request)
+
+    def _set(self, request: _Request, arrays: list[Any], inputs: list[Tensor]) -> None:
+        """Point the request at the arrays. It is left pointing at memory that comes again with the same shape."""
+        for number, (array, x) in enumerate(zip(arrays, inputs, strict=True)):
+            seen = (x.data_ptr(), x.shape) if x.is_contiguous() else None  # else the array is a copy
+            if seen is None or request.seen[number] != seen:
+                request.infer.set_input_tensor(self._order[number], self._tensor(array, shared_memory=True))
+                request.seen[number] = seen
+
+
+@dataclass
+class _Request:
+    """An infer request, and address and shape of the memory each of its inputs points at."""
+
+    infer: Any
+    seen: list[Any]
 
 
 def read_model(path: Path) -> Any:

@@ -124,6 +124,18 @@ class IOSignature:
         """The outputs that are tensors, in the engine's order."""
         return [s for s in self.outputs if isinstance(s, TensorSpec)]
 
+    def plain_dtypes(self) -> list[torch.dtype]:
+        """Dtypes of the inputs when each is a tensor given by position; else empty."""
+        specs = self.tensor_inputs()
+        if not len(specs) == len(self.inputs) == len(self.names) == self.n_positional:
+            return []
+        marks = [object() for _ in specs]
+        try:
+            plain = self.in_tree.flatten((tuple(marks), {}), "inputs") == marks
+        except UsageError:
+            plain = False
+        return [s.torch_dtype for s in specs] if plain else []
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
         sides = {side: [_leaf_json(s) for s in getattr(self, side)] for side in ("inputs", "outputs")}
