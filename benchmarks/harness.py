@@ -301,6 +301,9 @@ def arguments(description: str, **defaults: object) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=1.5, help="at least, of each engine in each round")
     for name, value in defaults.items():
+        if value is False:
+            parser.add_argument(f"--{name.replace('_', '-')}", action="store_true")
+            continue
         kind = str if value is None else type(value)
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=value)
     return parser.parse_args()

@@ -56,6 +56,7 @@ def _accuracy(claim: str, score: str, columns: Mapping[str, str], baseline: str,
     second = list(columns)[1]
     names = [n for n in rows if n.startswith(("FP32", OURS)) and "AVX2" not in n] + _peer_rows(rows, score, second)
     names += [f"{n} (AVX2)" for n in names if f"{n} (AVX2)" in rows]
+    names += [n for n in rows if n.startswith(OURS) and n.endswith("(AVX2)") and n not in names]
     ground = rows[baseline][score]
     lines = []
     for name in sorted(names, key=lambda n: ("AVX2" in n, not n.startswith("FP32"), not n.startswith(OURS))):
