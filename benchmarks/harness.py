@@ -1,8 +1,8 @@
 """What every benchmark shares: the environment, the result file, engines run and timed fairly.
 
-Fair timing on a machine that is never quite idle: each engine runs in a process of its own, alone, in rounds A B C, B
-C A, …; a round gives each engine one median; engines are compared by the ratio of their medians within a round, and
-"faster" or "slower" is said only when the interval of those ratios excludes 1.
+Fair timing on a machine that is never quite idle: each engine runs in a process of its own, alone, in many short rounds
+A B C, B C A, …, while the others stand still; a round gives each engine one median; engines are compared by the ratio
+of their medians within a round, and "faster" or "slower" is said only when the interval of those ratios excludes 1.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -112,35 +113,48 @@ class Contestant:
     variables: Mapping[str, str] = field(default_factory=dict)
 
 
-def work(contestant: Contestant, act: str, inputs: Path, threads: int, *extra: str) -> dict[str, Json]:
-    """Runs :mod:`benchmarks.worker` on the contestant, waits, and gives what it printed.
+def _start(contestant: Contestant, act: str, inputs: Path, threads: int, *extra: str) -> subprocess.Popen[str]:
+    """:mod:`benchmarks.worker` on the contestant, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.worker", act, "--runtime", contestant.runtime]
+    command += ["--path", contestant.path, "--inputs", str(inputs), "--threads", str(threads), *extra]
+    variables = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    root, pipe = Path(__file__).resolve().parent.parent, subprocess.PIPE
+    environment = {**variables, **contestant.variables}
+    return subprocess.Popen(command, env=environment, cwd=root, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+
+class _Racer:
+    """An engine in a process of its own, which stands still (SIGSTOP, its spinning threads too) while others run.
 
     Raises:
         RuntimeError: The process failed; the message has the last line it wrote.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.worker",
-        act,
-        "--runtime",
-        contestant.runtime,
-        "--path",
-        contestant.path,
-    ]
-    command += ["--inputs", str(inputs), "--threads", str(threads), *extra]
-    variables = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(threads),
-        "TOKENIZERS_PARALLELISM": "false",
-        **contestant.variables,
-    }
-    root = Path(__file__).resolve().parent.parent
-    done = subprocess.run(command, env=variables, cwd=root, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"{contestant.name}: {last_line(done.stderr)}")
-    result: dict[str, Json] = json.loads(done.stdout.strip().splitlines()[-1])
-    return result
+
+    def __init__(self, contestant: Contestant, inputs: Path, threads: int) -> None:
+        self.name = contestant.name
+        self._process = _start(contestant, "time", inputs, threads)
+        self._answer()
+
+    def times(self, **how: float) -> list[float]:
+        """Milliseconds of some runs."""
+        self._process.send_signal(signal.SIGCONT)
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(how) + "\n")
+        self._process.stdin.flush()
+        return [float(t) for t in json.loads(self._answer())]
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.name}: {last_line(self._process.communicate()[1])}")
+        self._process.send_signal(signal.SIGSTOP)
+        return line
+
+    def end(self) -> None:
+        """Ends the process."""
+        self._process.kill()
+        self._process.communicate()
 
 
 def last_line(text: str) -> str:
@@ -163,7 +177,10 @@ def predict(
     """The engine's first output for samples ``[n, ...]``, run one by one in its own process."""
     with _packed(arrays) as inputs:
         outputs = inputs.with_name("outputs.npy")
-        work(contestant, "predict", inputs, threads, "--outputs", str(outputs), *(["--trim"] if trim else []))
+        made = _start(contestant, "predict", inputs, threads, "--outputs", str(outputs), *(["--trim"] if trim else []))
+        _, errors = made.communicate()
+        if made.returncode != 0:
+            raise RuntimeError(f"{contestant.name}: {last_line(errors)}")
         rows: npt.NDArray[np.float32] = np.load(outputs)
     return rows
 
@@ -254,10 +271,10 @@ class Race:
 class Timing:
     """How long a race is: rounds, and per round and engine the runs, seconds and warm-up seconds at least."""
 
-    rounds: int = 10
-    runs: int = 20
-    seconds: float = 1.5
-    warmup: float = 0.7
+    rounds: int = 30
+    runs: int = 6
+    seconds: float = 0.15
+    warmup: float = 0.03
     threads: int = 1
 
     def record(self) -> dict[str, Json]:
@@ -266,7 +283,9 @@ class Timing:
 
 
 def race(contestants: Sequence[Contestant], arrays: Mapping[str, npt.NDArray[np.generic]], timing: Timing) -> Race:
-    """Times engines in rounds of rotated order, one process at a time.
+    """Times engines in rounds of rotated order, each in a process of its own, the others standing still.
+
+    Rounds are short and many: the machine's own speed changes within seconds, and must be the same for all.
 
     Args:
         contestants: The engines; their names differ.
@@ -277,13 +296,16 @@ def race(contestants: Sequence[Contestant], arrays: Mapping[str, npt.NDArray[np.
     if len({c.name for c in entries}) != len(entries):
         raise ValueError("two contestants have one name")
     rounds: dict[str, list[list[float]]] = {c.name: [] for c in entries}
-    length = ["--runs", str(timing.runs), "--seconds", str(timing.seconds), "--warmup", str(timing.warmup)]
-    with _packed(arrays) as inputs:
+    with _packed(arrays) as inputs, contextlib.ExitStack() as stack:
+        racers = []
+        for contestant in entries:
+            racers.append(_Racer(contestant, inputs, timing.threads))
+            stack.callback(racers[-1].end)
         for turn in range(timing.rounds):
             start = turn % len(entries)
-            for contestant in entries[start:] + entries[:start]:
-                times = work(contestant, "time", inputs, timing.threads, *length)["times_ms"]
-                rounds[contestant.name].append([float(t) for t in times])  # type: ignore[arg-type, union-attr]
+            for racer in racers[start:] + racers[:start]:
+                found = racer.times(runs=timing.runs, seconds=timing.seconds, warmup=timing.warmup)
+                rounds[racer.name].append(found)
     return Race(entries, rounds)
 
 
@@ -298,8 +320,8 @@ def arguments(description: str, **defaults: object) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="few samples and rounds: does it run, not what it says")
     parser.add_argument("--peers-only", action="store_true", help="leave fxcompress out")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--seconds", type=float, default=1.5, help="at least, of each engine in each round")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--seconds", type=float, default=0.15, help="at least, of each engine in each round")
     for name, value in defaults.items():
         if value is False:
             parser.add_argument(f"--{name.replace('_', '-')}", action="store_true")
@@ -312,9 +334,8 @@ def arguments(description: str, **defaults: object) -> argparse.Namespace:
 def timing_of(options: argparse.Namespace) -> Timing:
     """The race that ``--quick``, ``--rounds`` and ``--threads`` ask for."""
     if options.quick:
-        return Timing(rounds=3, runs=10, seconds=0.3, warmup=0.2, threads=options.threads)
-    runs = 20 if options.seconds >= 1 else 10
-    return Timing(rounds=options.rounds, runs=runs, seconds=options.seconds, threads=options.threads)
+        return Timing(rounds=3, threads=options.threads)
+    return Timing(rounds=options.rounds, seconds=options.seconds, threads=options.threads)
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

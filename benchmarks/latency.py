@@ -39,7 +39,7 @@ def best_by_accuracy(name: str) -> set[str]:
 
 def screen(made: list[Contestant], model: Model, timing: Timing, kept: int) -> tuple[list[Contestant], dict[str, Json]]:
     """The fastest ``kept`` INT8 engines of each runtime and the most accurate one, and what the screening measured."""
-    short = replace(timing, rounds=2 if kept == 1 else 3, seconds=0.4, warmup=0.3)
+    short = replace(timing, rounds=3, seconds=0.2)
     pace: dict[str, float] = {}
     failed: dict[str, Json] = {}
     for c in made:

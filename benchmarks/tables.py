@@ -23,20 +23,30 @@ _BLOCK: Final = re.compile(r"<!-- table ([a-z0-9_ ]+) -->\n.*?<!-- end -->", re.
 Rows = Mapping[str, Any]
 
 
+def files(claim: str) -> list[dict[str, Any]]:
+    """Content of ``results/<claim>.json`` and of the files of its parts (``--only``)."""
+    paths = [RESULTS / f"{claim}.json", *sorted(RESULTS.glob(f"{claim}_*.json"))]
+    found = [json.loads(p.read_text(encoding="utf-8")) for p in paths if p.exists() and not p.stem.endswith("_quick")]
+    if not found:
+        raise FileNotFoundError(f"{claim}: run python -m benchmarks.{claim.split('_')[0]}")
+    return found
+
+
 def results(claim: str) -> dict[str, Any]:
-    """Content of ``results/<claim>.json``."""
-    content: dict[str, Any] = json.loads((RESULTS / f"{claim}.json").read_text(encoding="utf-8"))
-    return content
+    """What was measured for a claim, all its parts together."""
+    return {name: row for content in files(claim) for name, row in content["results"].items()}
 
 
 def environment(claim: str) -> str:
-    """One line: when, on what and with which versions a file was measured."""
-    facts = results(claim)["environment"]
+    """One line: when, on what and with which versions a claim was measured."""
+    every = [content["environment"] for content in files(claim)]
+    facts, days = every[0], sorted({e["date"] for e in every})
+    date = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
     flags = [name for name, there in facts["flags"].items() if there]
     packages = [f"{name} {version}" for name, version in facts["packages"].items() if version and name != OURS]
     return (
-        f"`results/{claim}.json`: {facts['date']}, {facts['processor']} ({', '.join(flags)}), "
-        f"{facts['cores']} cores, {facts['threads']} threads, Python {facts['python']}, {', '.join(packages)}.\n"
+        f"`{claim}`: {date}, {facts['processor']} ({', '.join(flags)}), {facts['cores']} cores, "
+        f"{facts['threads']} threads, Python {facts['python']}, {', '.join(packages)}.\n"
     )
 
 
@@ -52,7 +62,7 @@ def _peer_rows(rows: Rows, score: str, second: str) -> list[str]:
 
 
 def _accuracy(claim: str, score: str, columns: Mapping[str, str], baseline: str, digits: int) -> str:
-    rows = results(claim)["results"]
+    rows = results(claim)
     second = list(columns)[1]
     names = [n for n in rows if n.startswith(("FP32", OURS)) and "AVX2" not in n] + _peer_rows(rows, score, second)
     names += [f"{n} (AVX2)" for n in names if f"{n} (AVX2)" in rows]
@@ -93,7 +103,7 @@ def _ratio(comparison: Rows, first: str, second: str) -> str:
 def latency(claim: str) -> str:
     """Engines of each network, fastest first, with the ratio of ours to the fastest INT8 peer and FP32 engine."""
     parts = []
-    for network, found in results(claim)["results"].items():
+    for network, found in results(claim).items():
         comparison = found["comparison"]
         peer, fp32 = comparison["fastest_peer_int8"], comparison["fastest_fp32"]
         engines = sorted(found["engines"].items(), key=lambda item: float(item[1]["p50_ms"]))
@@ -109,7 +119,7 @@ def latency(claim: str) -> str:
 def never_slower(claim: str) -> str:
     """What compile's default returned for each network, beside the best FP32 engine and the best INT8 peer."""
     lines = []
-    for network, found in results(claim)["results"].items():
+    for network, found in results(claim).items():
         comparison, engines = found["comparison"], found["engines"]
         peer, fp32 = comparison["fastest_peer_int8"], comparison["fastest_fp32"]
         mine = next(n for n in engines if n.startswith(OURS) and "bare" not in n)
@@ -139,7 +149,7 @@ def never_slower(claim: str) -> str:
 
 def compile_cost(claim: str) -> str:
     """Wall time, processor time and memory of both sides."""
-    found = results(claim)["results"]
+    found = results(claim)
     ratios = found["fxcompress / NNCF"]
     lines = []
     for key, title in (("wall_s", "wall time, s"), ("cpu_s", "processor time, s"), ("peak_rss_mb", "peak memory, MB")):
@@ -155,7 +165,7 @@ def _median(values: Sequence[float]) -> float:
 
 def capture_cost(claim: str) -> str:
     """Seconds of the two networks and of the chains."""
-    found = results(claim)["results"]
+    found = results(claim)
     heads = ["network", "nodes", "capture s", "fuse and verify s", "total s", "bar s"]
     keys = ("nodes", "capture_s", "fuse_and_verify_s", "total_s")
     networks = {n: r for n, r in found.items() if n != "growth"}

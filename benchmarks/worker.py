@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -157,9 +156,9 @@ def _ordered(arrays: Arrays, names: list[str]) -> list[npt.NDArray[np.generic]]:
 
 
 def measure(run: Prepared, runs: int, seconds: float, warmup: float) -> list[float]:
-    """Milliseconds of each run, at least ``runs`` of them and ``seconds`` long, after 5 runs and ``warmup`` seconds."""
+    """Milliseconds of each run, at least ``runs`` of them and ``seconds`` long, after 3 runs and ``warmup`` seconds."""
     end, count = time.perf_counter() + warmup, 0
-    while count < 5 or time.perf_counter() < end:
+    while count < 3 or time.perf_counter() < end:
         run()
         count += 1
     times: list[float] = []
@@ -198,23 +197,24 @@ def main() -> None:
     parser.add_argument("--inputs", type=Path, required=True, help=".npz with the inputs by name")
     parser.add_argument("--outputs", type=Path, help=".npy to write (predict)")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--seconds", type=float, default=1.0)
-    parser.add_argument("--warmup", type=float, default=0.5)
     parser.add_argument("--trim", action="store_true")
     options = parser.parse_args()
     with np.load(options.inputs) as pack:
         arrays: Arrays = {name: pack[name] for name in pack.files}
-    begin = time.perf_counter()
     timed = options.act == "time"
     runner = RUNTIMES[options.runtime](options.path, options.threads, arrays if timed else None)
-    result: dict[str, object] = {"load_s": time.perf_counter() - begin}
     if timed:
-        result["times_ms"] = measure(runner(arrays), options.runs, options.seconds, options.warmup)
-    else:
-        np.save(options.outputs, predict(runner, arrays, options.trim))
-    result["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    json.dump(result, sys.stdout)
+        serve(runner(arrays))
+        return
+    np.save(options.outputs, predict(runner, arrays, options.trim))
+    print("{}")
+
+
+def serve(run: Prepared) -> None:
+    """Answers each line of standard input, ``{"runs": …, "seconds": …, "warmup": …}``, with the milliseconds of runs."""
+    print("ready", flush=True)
+    for line in sys.stdin:
+        print(json.dumps(measure(run, **json.loads(line))), flush=True)
 
 
 if __name__ == "__main__":
