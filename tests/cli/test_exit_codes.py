@@ -129,14 +129,16 @@ def test_cancelled(run: Run, model: str, replace_compile: Replace) -> None:
 
 def test_interrupt(model: str, tmp_path: Path) -> None:
     """Control-C in the middle of the work: 130, no traceback, nothing half-written."""
-    (tmp_path / "slow.py").write_text("import time\ndef build():\n    time.sleep(60)\n")
+    work = "    open('begun', 'w').close()\n    time.sleep(60)\n"
+    (tmp_path / "slow.py").write_text(f"import time\ndef build():\n{work}")
     code = "import sys; from fxcompress.cli import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "compress", "py:slow.py:build", "-o", "out"]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=tmp_path, env=env, **pipes) as process:
         assert process.stderr is not None and "loading" in process.stderr.readline()
-        time.sleep(0.2)
+        while not (tmp_path / "begun").exists() and process.poll() is None:  # not in the middle of an import
+            time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and not out and "Traceback" not in err
