@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.helpers.lowering_cases import ENGINES, Case, alone, bools, case, check, check_all, floats, ints, positive
+from tests.helpers.lowering_cases import bools, case, floats, ints, positive
 
 X = floats(2, 3, 4) * 3
 Y = floats(2, 3, 4, seed=1) * 3
@@ -197,15 +196,3 @@ TABLES = {
     "choices": CHOICES,
     "casts": CASTS,
 }
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("table", TABLES)
-def test_table(table: str, engine: str) -> None:
-    check_all(TABLES[table], engine)
-
-
-@pytest.mark.parametrize("found", alone([c for table in TABLES.values() for c in table]))
-@pytest.mark.onnxruntime
-def test_alone(found: Case) -> None:
-    check(found)

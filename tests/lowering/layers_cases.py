@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.helpers.lowering_cases import ENGINES, Case, alone, case, check, check_all, floats, ints
+from tests.helpers.lowering_cases import case, floats, ints
 
 L, Q, V = floats(2, 4, 11), floats(2, 4, 9, 11), floats(2, 4, 5, 6, 7)
 ROWS = floats(2, 6)
@@ -162,15 +161,3 @@ RECURRENT = [
 ]
 
 TABLES = {"convolutions": CONVOLUTIONS, "products": PRODUCTS, "norms": NORMS, "recurrent": RECURRENT}
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("table", TABLES)
-def test_table(table: str, engine: str) -> None:
-    check_all(TABLES[table], engine)
-
-
-@pytest.mark.parametrize("found", alone([c for table in TABLES.values() for c in table]))
-@pytest.mark.onnxruntime
-def test_alone(found: Case) -> None:
-    check(found)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.helpers.lowering_cases import ENGINES, Case, alone, bools, case, check, check_all, floats, ints, positive
+from tests.helpers.lowering_cases import bools, case, floats, ints, positive
 
 X = floats(2, 3, 4, 5)
 P = positive(2, 3, 4)
@@ -175,15 +174,3 @@ TABLES = {
     "resizing": RESIZING,
     "attention": ATTENTION,
 }
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("table", TABLES)
-def test_table(table: str, engine: str) -> None:
-    check_all(TABLES[table], engine)
-
-
-@pytest.mark.parametrize("found", alone([c for table in TABLES.values() for c in table]))
-@pytest.mark.onnxruntime
-def test_alone(found: Case) -> None:
-    check(found)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.helpers.lowering_cases import ENGINES, Case, alone, bools, case, check, check_all, floats, ints
+from tests.helpers.lowering_cases import bools, case, floats, ints
 
 X = floats(2, 3, 4, 5)
 Y = floats(2, 3, 4, 5, seed=1)
@@ -172,15 +171,3 @@ TABLES = {
     "padding": PADDING,
     "creation": CREATION,
 }
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("table", TABLES)
-def test_table(table: str, engine: str) -> None:
-    check_all(TABLES[table], engine)
-
-
-@pytest.mark.parametrize("found", alone([c for table in TABLES.values() for c in table]))
-@pytest.mark.onnxruntime
-def test_alone(found: Case) -> None:
-    check(found)
