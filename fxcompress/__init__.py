@@ -22,14 +22,26 @@ if TYPE_CHECKING:
         FoldBatchNorm,
         FoldConstants,
         FuseActivations,
+        PruneChannels,
         QuantizeStatic,
+        RemoveBlocks,
         RemoveIdentity,
+        Sparsify,
     )
     from fxcompress.pipeline import Pipeline
+    from fxcompress.prune.block_plan import BlockPlan, plan_block_removal
+    from fxcompress.prune.blocks import Block, find_blocks
+    from fxcompress.prune.certificate import Certificate
+    from fxcompress.prune.importance import Importance
+    from fxcompress.prune.plan import PruningPlan, plan_pruning
+    from fxcompress.prune.sensitivity import Sensitivity, analyze_sensitivity
+    from fxcompress.prune.storage import load_pruned, save_pruned
     from fxcompress.quant.scheme import QuantScheme
     from fxcompress.quant.spec import QuantSpec
     from fxcompress.report import Report
     from fxcompress.rewrite import Match, Rule, apply_rules
+    from fxcompress.sparse.api import sparsify
+    from fxcompress.sparse.masks import SparsityMasks
     from fxcompress.testing import check_pass
 
 __version__ = "0.1.0"
@@ -48,19 +60,34 @@ _HOMES = {
         "FoldBatchNorm",
         "FoldConstants",
         "FuseActivations",
+        "PruneChannels",
         "QuantizeStatic",
+        "RemoveBlocks",
         "RemoveIdentity",
+        "Sparsify",
     ),
     "pipeline": ("Pipeline",),
+    "prune.block_plan": ("BlockPlan", "plan_block_removal"),
+    "prune.blocks": ("Block", "find_blocks"),
+    "prune.certificate": ("Certificate",),
+    "prune.importance": ("Importance",),
+    "prune.plan": ("PruningPlan", "plan_pruning"),
+    "prune.sensitivity": ("Sensitivity", "analyze_sensitivity"),
+    "prune.storage": ("load_pruned", "save_pruned"),
     "quant.scheme": ("QuantScheme",),
     "quant.spec": ("QuantSpec",),
     "report": ("Report",),
     "rewrite": ("Match", "Rule", "apply_rules"),
+    "sparse.api": ("sparsify",),
+    "sparse.masks": ("SparsityMasks",),
     "testing": ("check_pass",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Block",
+    "BlockPlan",
+    "Certificate",
     "Context",
     "EliminateCommonSubexpressions",
     "EliminateDeadCode",
@@ -69,19 +96,27 @@ __all__ = [
     "FoldConstants",
     "FuseActivations",
     "FxcError",
+    "Importance",
     "Match",
     "Pass",
     "Pipeline",
     "Program",
+    "PruneChannels",
+    "PruningPlan",
     "QuantScheme",
     "QuantSpec",
     "QuantizeStatic",
     "Refusal",
+    "RemoveBlocks",
     "RemoveIdentity",
     "Report",
     "Result",
     "Rule",
+    "Sensitivity",
+    "Sparsify",
+    "SparsityMasks",
     "Target",
+    "analyze_sensitivity",
     "apply_rules",
     "capture",
     "check_parity",
@@ -89,8 +124,14 @@ __all__ = [
     "compare",
     "compile",
     "default_passes",
+    "find_blocks",
     "from_exported",
     "load",
+    "load_pruned",
+    "plan_block_removal",
+    "plan_pruning",
+    "save_pruned",
+    "sparsify",
     "target",
 ]
 

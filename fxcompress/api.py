@@ -6,9 +6,9 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -63,6 +63,8 @@ def compile(
     target: str | None = None,
     *,
     calibration: Iterable[Any] | None = None,
+    train: Iterable[Any] | None = None,
+    loss: Callable[[Any, Any], torch.Tensor] | None = None,
     evaluate: Callable[[Callable[..., Any]], float] | None = None,
     max_drop: float | None = None,
     dynamic_shapes: Any = None,
@@ -84,6 +86,8 @@ def compile(
         passes: What to do, in order. Omitted: fusion, and static INT8 quantization when there is calibration data.
         target: ``"onnxruntime"``, ``"openvino"`` or ``"torch"``. Omitted: the fastest of the installed runtimes.
         calibration: Iterable of batches: tensors, tuples (a label behind the inputs is ignored) or dicts.
+        train: Iterable of batches with labels, for pruning by gradients.
+        loss: ``loss(output, batch) -> scalar`` for ``train``; by default cross-entropy against an integer label.
         evaluate: Scores any callable model; higher is better. Called on ``model`` and on the engine.
         max_drop: Largest allowed ``evaluate(model) - evaluate(engine)``.
         dynamic_shapes: As in ``torch.export.export``; by default the batch is dynamic.
@@ -112,7 +116,8 @@ def compile(
     targets = available_targets() if target is None else [find_target(target)]
     for chosen in targets:
         chosen.require()
-    job = _Job(model, passes, data, threads=threads, dump=dump, observer=observer)
+    needs = Context(calibration=data, train=train, loss=loss)
+    job = _Job(model, passes, needs, threads=threads, dump=dump, observer=observer)
     job.capture(example_inputs, dynamic_shapes)
     candidates = [c for t in targets for c in job.candidates(t)]
     gate = passes is None if speed_gate is None else speed_gate
@@ -141,7 +146,7 @@ class _Job:
 
     model: nn.Module
     passes: Sequence[Pass] | None
-    data: CalibrationData | None
+    needs: Context
     threads: int | None
     dump: str | None
     observer: Callable[[StepRecord], None] | None
@@ -154,6 +159,10 @@ class _Job:
     latency: dict[str, Any] = field(default_factory=dict)
     speedup: tuple[float, float, float] | None = None
     parity: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def data(self) -> CalibrationData | None:
+        return cast(CalibrationData | None, self.needs.calibration)
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -182,14 +191,18 @@ class _Job:
         scheme = target.scheme()
         steps = self.passes if self.passes is not None else default_passes(quantize=self.data is not None)
         cut = next((i for i, p in enumerate(steps) if not p.exact), len(steps))
-        context = Context(calibration=self.data, scheme=scheme)
+        first = next((i for i, p in enumerate(steps) if isinstance(p, QuantizeStatic)), len(steps))
+        context = replace(self.needs, scheme=scheme)
         with self.timed("passes"):
-            plain = self._run(steps[:cut], self.captured, context, target, 0)
-        result = [Candidate(target, "float32", plain[0], plain[0], plain[1])]
+            plain, records = self._run(steps[:cut], self.captured, context, target, 0)
+        result = [Candidate(target, "float32", plain, plain, records, is_baseline=True)]
         if cut < len(steps):
-            with self.timed("quantization"):
-                program, records = self._run(steps[cut:], plain[0], context, target, cut)
-            result.append(Candidate(target, "int8", program, plain[0], plain[1] + records))
+            precision, variant = ("int8", "") if first < len(steps) else ("float32", "compressed")
+            with self.timed("compression"):
+                reference, more = self._run(steps[cut:first], plain, context, target, cut)
+                records = records + more
+                program, more = self._run(steps[first:], reference, context, target, max(cut, first))
+            result.append(Candidate(target, precision, program, reference, records + more, variant=variant))
         with self.timed("build"):
             for candidate in result:
                 candidate.build(self.threads)
@@ -202,7 +215,7 @@ class _Job:
     ) -> tuple[Program, list[StepRecord]]:
         folder = None if self.dump is None else f"{self.dump}/{target.name}"
         pipeline = Pipeline(passes=tuple(steps), dump=folder, observer=self.observer, first=done)
-        result = pipeline(program, Context(**{**vars(context), "verify": True}))
+        result = pipeline(program, context)
         return result.program, result.metrics["steps"]
 
     def select(self, candidates: list[Candidate], *, measure: bool, gate: bool) -> Engine:

@@ -1,4 +1,4 @@
-"""Saved engines: a folder with the engine's files, the report, the environment, and a manifest written last.
+"""Saved folders, above all engines: files, report and environment, and a manifest that is written last.
 
 The folder appears under its name only when it is complete: everything is written into a temporary folder on the same
 file system, synced, and renamed. Loading checks size and SHA-256 of every file, and unpickles and imports nothing.
@@ -16,6 +16,7 @@ import stat
 import tempfile
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,18 @@ from fxcompress.engines.signature import IOSignature
 from fxcompress.environment import describe, has_vnni
 from fxcompress.errors import ArtifactError, UsageError
 
-__all__ = ["ENVIRONMENT", "FORMAT", "MANIFEST", "REPORT", "SCHEMA", "load", "save"]
+__all__ = [
+    "ENVIRONMENT",
+    "FORMAT",
+    "MANIFEST",
+    "REPORT",
+    "SCHEMA",
+    "FolderKind",
+    "load",
+    "read_folder",
+    "save",
+    "write_folder",
+]
 
 FORMAT = "fxcompress engine"
 SCHEMA = 1
@@ -32,6 +44,24 @@ MANIFEST, REPORT, ENVIRONMENT = "manifest.json", "report.json", "env.json"
 _LARGEST_MANIFEST = 64 << 20
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
 _HERE = -100  # AT_FDCWD
+
+
+@dataclass(frozen=True)
+class FolderKind:
+    """A kind of saved folder.
+
+    Attributes:
+        format: What its manifest calls it.
+        schema: Newest layout that this version reads; the one it writes.
+        noun: What errors call it.
+    """
+
+    format: str
+    schema: int
+    noun: str
+
+
+_ENGINE = FolderKind(FORMAT, SCHEMA, "engine")
 
 
 # ------------------------------------------------------------------------------------------------ saving
@@ -60,27 +90,51 @@ def save(
             folder is left behind and an old one stays whole.
         UsageError: a name in ``extra`` is no plain file name or is taken.
     """
-    folder = Path(os.path.abspath(folder))
-    _check_replaceable(folder)
     texts = _texts(engine, report, environment, extra)
-    sources = {path.name: path for path in engine.files()}
+    facts = {
+        "engine": engine.name,
+        "signature": engine.signature.to_dict(),
+        "details": engine.details,
+        "notes": engine.notes,
+    }
+    return write_folder(folder, _ENGINE, {**{path.name: path for path in engine.files()}, **texts}, facts)
+
+
+def write_folder(
+    folder: str | Path, kind: FolderKind, contents: Mapping[str, Path | bytes], facts: Mapping[str, Any]
+) -> Path:
+    """Write a folder that appears under its name only when it is complete.
+
+    Args:
+        folder: Where to; missing parents are made. A folder of the same kind is replaced in one step.
+        kind: What it is.
+        contents: Files by plain name: a file to copy, or the bytes.
+        facts: Further entries of the manifest, JSON-ready.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ArtifactError: as `save`.
+    """
+    folder = Path(os.path.abspath(folder))
+    _check_replaceable(folder, kind)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _check_space(folder.parent, sources, texts)
+        _check_space(folder.parent, contents)
         work = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     except OSError as error:
-        raise _unwritable(folder, error) from error
+        raise _unwritable(folder, kind, error) from error
     try:
         work.chmod(0o755)
-        files = {name: _write(work / name, path) for name, path in sources.items()}
-        files |= {name: _write(work / name, content) for name, content in texts.items()}
-        manifest = json.dumps(_manifest(engine, files), indent=1).encode()
-        _write(work / MANIFEST, manifest)
+        files = {name: _write(work / name, content) for name, content in contents.items()}
+        head = {"format": kind.format, "schema": kind.schema, "fxcompress": _version()}
+        _write(work / MANIFEST, json.dumps(head | dict(facts) | {"files": files}, indent=1).encode())
         _sync_folder(work)
         _put_in_place(work, folder)
         _sync_folder(folder.parent)
     except OSError as error:
-        raise _unwritable(folder, error) from error
+        raise _unwritable(folder, kind, error) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return folder
@@ -102,19 +156,6 @@ def _texts(engine: Engine, report: Any, environment: Any, extra: Mapping[str, by
     return contents
 
 
-def _manifest(engine: Engine, files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "schema": SCHEMA,
-        "fxcompress": _version(),
-        "engine": engine.name,
-        "signature": engine.signature.to_dict(),
-        "details": engine.details,
-        "notes": engine.notes,
-        "files": files,
-    }
-
-
 def _version() -> str | None:
     try:
         return importlib.metadata.version("fxcompress")
@@ -122,25 +163,25 @@ def _version() -> str | None:
         return None
 
 
-def _check_replaceable(folder: Path) -> None:
+def _check_replaceable(folder: Path, kind: FolderKind) -> None:
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise ArtifactError(1, "the output is not a folder", where=str(folder), fix="give a new folder")
-    if folder.is_dir() and any(folder.iterdir()) and not _is_ours(folder):
+    if folder.is_dir() and any(folder.iterdir()) and not _is_ours(folder, kind):
         raise ArtifactError(
             2, "the output folder holds other files", where=str(folder), fix="give a new or empty folder"
         )
 
 
-def _is_ours(folder: Path) -> bool:
+def _is_ours(folder: Path, kind: FolderKind) -> bool:
     try:
         found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(found, dict) and found.get("format") == FORMAT
+    return isinstance(found, dict) and found.get("format") == kind.format
 
 
-def _check_space(parent: Path, sources: Mapping[str, Path], texts: Mapping[str, bytes]) -> None:
-    needed = sum(p.stat().st_size for p in sources.values()) + sum(map(len, texts.values()))
+def _check_space(parent: Path, contents: Mapping[str, Path | bytes]) -> None:
+    needed = sum(c.stat().st_size if isinstance(c, Path) else len(c) for c in contents.values())
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise ArtifactError(
@@ -205,10 +246,10 @@ def _exchange(first: Path, second: Path) -> bool:
     return int(swap(_HERE, os.fsencode(first), _HERE, os.fsencode(second), _EXCHANGE)) == 0
 
 
-def _unwritable(folder: Path, error: OSError) -> ArtifactError:
+def _unwritable(folder: Path, kind: FolderKind, error: OSError) -> ArtifactError:
     why = f"{error.strerror or error}" + (f" ({Path(error.filename).name})" if error.filename else "")
     return ArtifactError(
-        4, "the engine cannot be saved", where=str(folder), why=why, fix="nothing was written; save elsewhere"
+        4, f"the {kind.noun} cannot be saved", where=str(folder), why=why, fix="nothing was written; save elsewhere"
     )
 
 
@@ -228,8 +269,7 @@ def load(folder: str | Path, *, threads: int | None = None) -> Engine:
         MissingRuntimeError: the engine's runtime is not installed.
     """
     folder = Path(folder)
-    manifest = _read_manifest(folder)
-    _verify(folder, manifest)
+    manifest = read_folder(folder, _ENGINE)
     try:
         name, details = str(manifest["engine"]), dict(manifest["details"])
         signature, notes = IOSignature.from_dict(manifest["signature"]), [str(n) for n in manifest["notes"]]
@@ -265,31 +305,42 @@ def _check_processor(engine: Engine) -> None:
         warnings.warn(note, UserWarning, stacklevel=4)
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def read_folder(folder: Path, kind: FolderKind) -> dict[str, Any]:
+    """The manifest of what `write_folder` wrote, after every file was compared with it.
+
+    Raises:
+        ArtifactError: there is none, it is of another kind or a newer version, or a file was changed.
+    """
+    manifest = _read_manifest(folder, kind)
+    _verify(folder, manifest, kind)
+    return manifest
+
+
+def _read_manifest(folder: Path, kind: FolderKind) -> dict[str, Any]:
     path = folder / MANIFEST
     if not _is_regular(path):
-        fix = "give the folder that save() wrote"
-        raise ArtifactError(8, "there is no saved engine", where=str(folder), why=f"no {MANIFEST} in it", fix=fix)
+        why, fix = f"no {MANIFEST} in it", f"give the folder that the {kind.noun} was saved to"
+        raise ArtifactError(8, f"there is no saved {kind.noun}", where=str(folder), why=why, fix=fix)
     if path.stat().st_size > _LARGEST_MANIFEST:
         raise ArtifactError(6, "the manifest is damaged", where=str(path), why="it is too large")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         schema = manifest["schema"]
-        if manifest["format"] != FORMAT or not isinstance(schema, int) or not isinstance(manifest["files"], dict):
-            raise ValueError("it is not a manifest of fxcompress")
+        if manifest["format"] != kind.format or not isinstance(schema, int) or not isinstance(manifest["files"], dict):
+            raise ValueError(f"it is not a manifest of the format {kind.format!r}")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(
             6, "the manifest is damaged", where=str(path), why=f"{type(error).__name__}: {error}"
         ) from error
-    if schema > SCHEMA:
-        why = f"its schema is {schema}, this version reads up to {SCHEMA}"
+    if schema > kind.schema:
+        why = f"its schema is {schema}, this version reads up to {kind.schema}"
         raise ArtifactError(
             9, "the folder was written by a newer version", where=str(path), why=why, fix="upgrade fxcompress"
         )
     return dict(manifest)
 
 
-def _verify(folder: Path, manifest: dict[str, Any]) -> None:
+def _verify(folder: Path, manifest: dict[str, Any], kind: FolderKind) -> None:
     """Every listed file is there, regular and unchanged, and there is no other."""
     listed = manifest["files"]
     odd = [name for name in listed if not _is_plain(name)]
@@ -301,7 +352,9 @@ def _verify(folder: Path, manifest: dict[str, Any]) -> None:
     problems += [f"{n} {p}" for n in sorted(set(listed) & present) if (p := _file_problem(folder / n, listed[n]))]
     if problems:
         fix = "copy or build the folder again"
-        raise ArtifactError(11, "the saved engine was changed", where=str(folder), why="; ".join(problems), fix=fix)
+        raise ArtifactError(
+            11, f"the saved {kind.noun} was changed", where=str(folder), why="; ".join(problems), fix=fix
+        )
 
 
 def _file_problem(path: Path, entry: Any) -> str:

@@ -10,6 +10,7 @@ __all__ = [
     "ArtifactError",
     "CalibrationError",
     "CaptureError",
+    "CertificateError",
     "EngineError",
     "FxcError",
     "GateError",
@@ -18,6 +19,7 @@ __all__ = [
     "NormalFormError",
     "ParityError",
     "PassError",
+    "PruneError",
     "UsageError",
 ]
 
@@ -76,6 +78,19 @@ class PassError(FxcError):
 
     family = "PASS"
     exit_code = 3
+
+
+class PruneError(PassError):
+    """A pruning request that cannot be planned: a wrong ratio, an unknown layer, a budget out of reach."""
+
+    family = "PRUNE"
+
+
+class CertificateError(PassError):
+    """A pruned program that does not compute what the dense one computes with the same channels masked."""
+
+    family = "CERT"
+    exit_code = 4
 
 
 class CalibrationError(FxcError):

@@ -128,12 +128,14 @@ class Program:
         signature: Structure of inputs and outputs.
         example: ``(args, kwargs)`` the program was captured with; used for verification.
         notes: What capture had to give up (for example a batch size it could not keep dynamic), one line each.
+        history: The pruning plans that were applied since capture, oldest first, as plain JSON types.
     """
 
     gm: GraphModule
     signature: Signature
     example: tuple[tuple[Any, ...], dict[str, Any]]
     notes: list[str] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves = self.signature.flatten(args, kwargs)
@@ -171,7 +173,8 @@ class Program:
 
     def clone(self) -> Program:
         """A copy to rewrite: graph and module objects are new, tensors are shared."""
-        return Program(_clone_gm(self.gm), self.signature, self.example, list(self.notes))
+        gm = _clone_gm(self.gm)
+        return Program(gm, self.signature, self.example, list(self.notes), list(self.history))
 
     def run_example(self) -> list[Any]:
         """Flat outputs for the example inputs, in eval mode without gradients; the training mode is restored."""

@@ -7,7 +7,7 @@ import inspect
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -60,11 +60,15 @@ class Context:
     Attributes:
         calibration: Iterable of batches (see ``fxcompress.data``), or None. A one-shot iterator is wrapped, so that
             several passes can read it.
+        train: Iterable of training batches with labels, for importance by gradients, or None.
+        loss: ``loss(output, batch) -> scalar``; None for cross-entropy against an integer label.
         scheme: How the target wants values quantized, or None for no target.
         verify: Compare outputs before and after each pass.
     """
 
     calibration: Iterable[Any] | None = None
+    train: Iterable[Any] | None = None
+    loss: Callable[[Any, Any], Tensor] | None = None
     scheme: QuantScheme | None = None
     verify: bool = True
 

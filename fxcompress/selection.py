@@ -31,6 +31,7 @@ class Candidate:
         reference: The float32 program of the same passes.
         records: Passes that led to it.
         left: Layers the speed gate put back to float32.
+        is_baseline: Nothing lossy was done: what the others have to beat.
     """
 
     target: Target
@@ -40,6 +41,7 @@ class Candidate:
     records: list[StepRecord]
     left: list[tuple[str, str]] = field(default_factory=list)
     variant: str = ""
+    is_baseline: bool = False
     _engine: Engine | None = None
 
     @property
@@ -101,17 +103,23 @@ def choose(
         return Choice(candidates[-1], _baseline_of(candidates[-1], candidates))
     times = _Timed(args, kwargs, threads)
     times.add(candidates)
-    floats = [c for c in candidates if c.precision == "float32"]
-    quantized = [c for c in candidates if c.precision != "float32"]
+    floats = [c for c in candidates if c.is_baseline]
+    compressed = [c for c in candidates if not c.is_baseline]
     if not gate:
-        return times.choice(times.fastest(quantized or floats), candidates, [])
+        return times.choice(times.fastest(compressed or floats), candidates, [])
     best_float = times.fastest(floats)
-    if not quantized:
+    if not compressed:
         return times.choice(best_float, candidates, ["float32: no pass quantizes; that needs calibration data"])
-    best = times.fastest(quantized)
+    best = times.fastest(compressed)
     decisions: list[str] = []
     if not times.beats(best, best_float):
-        best = _try_variants(quantized, floats, best_float, times, decisions) or best_float
+        quantized = [c for c in compressed if c.precision != "float32"]
+        better = _try_variants(quantized, floats, best_float, times, decisions) if quantized else None
+        if not quantized:
+            decisions.append(
+                f"the compressed model is not faster: {times.text(best, best_float)}; the dense one is kept"
+            )
+        best = better or best_float
     return times.choice(best, [*candidates, best], decisions)
 
 
@@ -143,7 +151,7 @@ def _try_variants(
 
 def _baseline_of(candidate: Candidate, candidates: list[Candidate]) -> Candidate:
     """The float32 engine of the same runtime."""
-    return next(c for c in candidates if c.target is candidate.target and c.precision == "float32")
+    return next(c for c in candidates if c.target is candidate.target and c.is_baseline)
 
 
 class _Timed:

@@ -15,7 +15,10 @@ from fxcompress.passes.cleanup import EliminateCommonSubexpressions, EliminateDe
 from fxcompress.passes.fold_batchnorm import FoldBatchNorm
 from fxcompress.passes.fold_constants import FoldConstants
 from fxcompress.passes.fuse_activations import FuseActivations
+from fxcompress.passes.prune_channels import PruneChannels
 from fxcompress.passes.quantize_static import QuantizeStatic
+from fxcompress.passes.remove_blocks import RemoveBlocks
+from fxcompress.passes.sparsify import Sparsify
 
 __all__ = [
     "EliminateCommonSubexpressions",
@@ -23,6 +26,9 @@ __all__ = [
     "FoldBatchNorm",
     "FoldConstants",
     "FuseActivations",
+    "PruneChannels",
     "QuantizeStatic",
+    "RemoveBlocks",
     "RemoveIdentity",
+    "Sparsify",
 ]

@@ -20,7 +20,7 @@ TARGETS = {name: SimpleNamespace(name=name, scheme=lambda: None) for name in ("a
 def candidate(target: str, precision: str, variant: str = "") -> Candidate:
     engine: Any = SimpleNamespace()
     made: Any = [TARGETS[target], precision, None, None, []]
-    return Candidate(*made, variant=variant, _engine=engine)
+    return Candidate(*made, variant=variant, is_baseline=precision == "float32" and not variant, _engine=engine)
 
 
 def rounds(monkeypatch: pytest.MonkeyPatch, **medians: list[float]) -> None:

@@ -25,7 +25,7 @@ from fxcompress.lowering.builder import tap_names
 from fxcompress.quant.fake_quantize import FakeQuantize
 from fxcompress.quant.spec import QuantSpec
 
-__all__ = ["GRAPH", "WEIGHTS", "read_graph", "write_graph"]
+__all__ = ["GRAPH", "WEIGHTS", "describe_graph", "distinct", "make_graph", "make_module", "read_graph", "write_graph"]
 
 GRAPH = "program.json"
 WEIGHTS = "weights.safetensors"
@@ -82,15 +82,24 @@ def write_graph(program: Program, folder: Path) -> dict[str, str]:
     """
     from safetensors.torch import save_file
 
+    content, tensors = describe_graph(program)
+    first, aliases = distinct(tensors)
+    save_file({n: t.detach().clone(memory_format=torch.contiguous_format) for n, t in first.items()}, folder / WEIGHTS)
+    (folder / GRAPH).write_text(json.dumps(content | {"aliases": aliases}, allow_nan=False), encoding="utf-8")
+    return {tap: node.name for node, tap in tap_names(program).items() if _yields_tensor(node)}
+
+
+def describe_graph(program: Program) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Nodes, outputs and layers as plain JSON, and the tensors they use by name (not copied).
+
+    Raises:
+        EngineError: a layer or an argument has no file form.
+    """
     tensors: dict[str, Tensor] = {}
     modules: dict[str, Any] = {}
     nodes = [_node_json(program, node, tensors, modules) for node in program.graph.nodes if node.op != "output"]
     outputs = [_arg_json(o) for o in program.outputs()]
-    stored, aliases = _distinct(tensors)
-    save_file(stored, folder / WEIGHTS)
-    content = {"nodes": nodes, "outputs": outputs, "modules": modules, "aliases": aliases}
-    (folder / GRAPH).write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
-    return {tap: node.name for node, tap in tap_names(program).items() if _yields_tensor(node)}
+    return {"nodes": nodes, "outputs": outputs, "modules": modules}, tensors
 
 
 def _yields_tensor(node: Node) -> bool:
@@ -151,17 +160,13 @@ def _private(module: nn.Module) -> tuple[str, ...]:
     return tuple(n for n in names if n in vars(module))
 
 
-def _distinct(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Every tensor once; further names of the same one are aliases."""
+def distinct(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Every tensor once under its first name, and further name -> first name."""
     first: dict[int, str] = {}
-    stored, aliases = {}, {}
     for name, tensor in tensors.items():
-        if id(tensor) in first:
-            aliases[name] = first[id(tensor)]
-        else:
-            first[id(tensor)] = name
-            stored[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
-    return stored, aliases
+        first.setdefault(id(tensor), name)
+    aliases = {name: first[id(tensor)] for name, tensor in tensors.items() if first[id(tensor)] != name}
+    return {name: tensor for name, tensor in tensors.items() if name not in aliases}, aliases
 
 
 def _arg_json(value: Any) -> Any:
@@ -210,7 +215,7 @@ def read_graph(folder: Path) -> GraphModule:
         tensors = load_file(folder / WEIGHTS)
         tensors |= {name: tensors[first] for name, first in content["aliases"].items()}
         root = _tree(content, tensors)
-        return GraphModule(root, _graph(content, root), class_name="Program").eval()
+        return GraphModule(root, make_graph(content, root), class_name="Program").eval()
     except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(27, "the program's files cannot be read", why=f"{type(error).__name__}: {error}") from error
 
@@ -218,7 +223,7 @@ def read_graph(folder: Path) -> GraphModule:
 def _tree(content: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
     root = nn.Module()
     for path, entry in content["modules"].items():
-        _put(root, path, _module(path, entry, tensors))
+        _put(root, path, make_module(path, entry, tensors))
     for node in content["nodes"]:
         if node["op"] == "get_attr":
             owner, _, leaf = node["target"].rpartition(".")
@@ -226,7 +231,8 @@ def _tree(content: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
     return root
 
 
-def _module(path: str, entry: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
+def make_module(path: str, entry: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
+    """The layer that ``entry`` of the file describes; the ``tensors`` below ``path`` become its buffers."""
     if entry["kind"] not in _LAYERS:
         raise ArtifactError(22, f"the file names an unknown layer {entry['kind']!r}", where=path)
     module = object.__new__(_LAYERS[entry["kind"]])
@@ -267,7 +273,12 @@ def _container(root: nn.Module, path: str) -> nn.Module:
     return root
 
 
-def _graph(content: dict[str, Any], root: nn.Module) -> Graph:
+def make_graph(content: dict[str, Any], root: nn.Module) -> Graph:
+    """The graph over ``root`` that the file describes: flat inputs, flat outputs.
+
+    Raises:
+        ArtifactError: it names an operation that is not on the lists.
+    """
     graph = Graph(root)  # type: ignore[arg-type]
     values: dict[str, Node] = {}
     for entry in content["nodes"]:

@@ -1,0 +1,155 @@
+"""Applying a plan: smaller tensors, layer attributes and graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from fxcompress.ir import Program
+from fxcompress.layers import TransposedLinear
+from fxcompress.prune.dependencies import Bools, Dependencies
+from fxcompress.prune.flow import MovedConstant
+from fxcompress.prune.nodes import Surgeon
+
+__all__ = ["cut_program", "replace_tensors"]
+
+
+def cut_program(found: Dependencies, removed: Bools) -> tuple[Program, list[str]]:
+    """A copy of the analyzed program without the units marked in ``removed``; and what was done beyond cutting."""
+    program = found.program.clone()
+    surgeon = Surgeon(program, found, removed)
+    notes = [_move_constant(surgeon, moved, number) for moved, number in found.moved]
+    replace_tensors(program, _cut_tensors(surgeon))
+    surgeon.run()
+    done: set[int] = set()
+    for node, module in program.layers():
+        if id(module) not in done and _may_change(surgeon, node):
+            _update_layer(surgeon, node, module)
+            done.add(id(module))
+    program.recompile()
+    return program, [n for n in notes if n]
+
+
+def replace_tensors(program: Program, new: dict[int, Tensor]) -> None:
+    """Put new parameters and buffers in place of old ones (by identity) wherever they are registered."""
+    for module in program.gm.modules():
+        held: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for slots in held:
+            for name, tensor in list(slots.items()):
+                if tensor is not None and id(tensor) in new:
+                    if isinstance(module, nn.RNNBase):
+                        setattr(module, name, new[id(tensor)])  # keeps its flat list of weights in step
+                    else:
+                        slots[name] = new[id(tensor)]
+
+
+def like(old: Tensor, data: Tensor) -> Tensor:
+    """``data`` as a parameter when ``old`` is one."""
+    return nn.Parameter(data, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else data
+
+
+def _cut_tensors(surgeon: Surgeon) -> dict[int, Tensor]:
+    named: dict[str, Tensor] = {
+        **dict(surgeon.program.gm.named_parameters(remove_duplicate=False)),
+        **dict(surgeon.program.gm.named_buffers(remove_duplicate=False)),
+    }
+    new: dict[int, Tensor] = {}
+    for use in surgeon.found.slots:
+        kept = surgeon.kept(use.dimension)
+        if kept.all():
+            continue
+        old = named[use.slot.tensor]
+        current = new.get(id(old), old)
+        index = torch.as_tensor(np.flatnonzero(kept), device=old.device)
+        new[id(old)] = like(old, current.detach().index_select(use.slot.dim, index))
+    return new
+
+
+def _move_constant(surgeon: Surgeon, moved: MovedConstant, number: int) -> str:
+    """Add to a layer's bias what the removed input channels contributed."""
+    if number < 0 or surgeon.kept(number).all():
+        return ""
+    fill = np.where(surgeon.kept(number), 0.0, moved.columns[0].fill)
+    if not np.any(fill):
+        return ""
+    layer: Any = surgeon.program.gm.get_submodule(moved.layer)
+    weight = layer.weight.detach().double()
+    flat = weight.T if isinstance(layer, TransposedLinear) else weight.flatten(2).sum(2) if weight.dim() > 2 else weight
+    delta = flat @ torch.as_tensor(fill, dtype=torch.float64, device=weight.device)
+    old = layer.bias
+    if old is not None:
+        replace_tensors(surgeon.program, {id(old): like(old, (old.detach().double() + delta).to(old.dtype))})
+        return f"{moved.layer}: what removed channels left behind moved into its bias"
+    rows = surgeon.left(moved.node, surgeon.found.flow.outputs[moved.node])
+    data = delta if rows is None else delta[torch.as_tensor(np.flatnonzero(rows), device=delta.device)]
+    layer.bias = like(layer.weight, data.to(layer.weight.dtype))
+    return f"{moved.layer}: a new bias holds what removed channels left behind"
+
+
+def _may_change(surgeon: Surgeon, node: Node) -> bool:
+    return surgeon.touched(node.name) or any(surgeon.touched(n.name) for n in node.all_input_nodes)
+
+
+# ------------------------------------------------------------------------------------------------ layers
+def _update_layer(surgeon: Surgeon, node: Node, module: nn.Module) -> None:
+    for cls, update in _UPDATES:
+        if isinstance(module, cls):
+            update(surgeon, node, module)
+
+
+def _conv(surgeon: Surgeon, node: Node, module: Any) -> None:
+    source = node.args[0]
+    assert isinstance(source, Node)
+    module.in_channels = surgeon.size(source.name, 1) or module.in_channels
+    module.out_channels = surgeon.size(node.name, 1) or module.out_channels
+    whole = module.out_channels if isinstance(module, nn.modules.conv._ConvTransposeNd) else module.in_channels
+    module.groups = whole // module.weight.shape[1]
+
+
+def _linear(surgeon: Surgeon, node: Node, module: Any) -> None:
+    del surgeon, node
+    shape = module.weight.shape
+    module.out_features, module.in_features = shape if isinstance(module, nn.Linear) else reversed(shape)
+
+
+def _channels(surgeon: Surgeon, node: Node, module: Any) -> None:
+    module.num_features = surgeon.size(node.name, 1) or module.num_features
+
+
+def _group_norm(surgeon: Surgeon, node: Node, module: Any) -> None:
+    new = surgeon.size(node.name, 1)
+    if new is not None:
+        module.num_groups = module.num_groups * new // module.num_channels
+        module.num_channels = new
+
+
+def _layer_norm(surgeon: Surgeon, node: Node, module: Any) -> None:
+    rank = len(module.normalized_shape)
+    news = [surgeon.size(node.name, d - rank) for d in range(rank)]
+    module.normalized_shape = tuple(o if n is None else n for o, n in zip(module.normalized_shape, news, strict=True))
+
+
+def _embedding(surgeon: Surgeon, node: Node, module: Any) -> None:
+    del surgeon, node
+    module.num_embeddings, module.embedding_dim = module.weight.shape
+
+
+def _recurrent(surgeon: Surgeon, node: Node, module: Any) -> None:
+    del surgeon, node
+    module.hidden_size, module.input_size = module.weight_hh_l0.shape[1], module.weight_ih_l0.shape[1]
+
+
+_UPDATES: list[tuple[Any, Callable[[Surgeon, Node, Any], None]]] = [
+    (nn.modules.conv._ConvNd, _conv),
+    ((nn.Linear, TransposedLinear), _linear),
+    ((nn.modules.batchnorm._NormBase,), _channels),
+    (nn.GroupNorm, _group_norm),
+    ((nn.LayerNorm, nn.RMSNorm), _layer_norm),
+    (nn.Embedding, _embedding),
+    (nn.RNNBase, _recurrent),
+]

@@ -1,0 +1,1 @@
+"""How channels flow through each operator and layer: one function per kind, found through `registry`."""
