@@ -109,6 +109,43 @@ def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return crop.contiguous(memory_format=torch.channels_last)
 
 
+@dataclass
+class Network:
+    """A network to train and to run: ``forward`` is the module itself, or the program around it."""
+
+    module: nn.Module
+    forward: Forward
+
+
+def macs(network: Network) -> int:
+    """Multiply-accumulates of the convolutions and the linear layers for one image, counted as they run."""
+    total = 0
+
+    def count(module: nn.Module, _: object, output: torch.Tensor) -> None:
+        nonlocal total
+        if isinstance(module, nn.Conv2d):
+            total += module.weight[0].numel() * output[0].numel()
+        elif isinstance(module, nn.Linear):
+            total += module.weight.numel()
+
+    hooks = [m.register_forward_hook(count) for m in network.module.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    with torch.no_grad():
+        network.forward(torch.zeros(2, 3, 32, 32))
+    for hook in hooks:
+        hook.remove()
+    return total
+
+
+def parameters(network: Network) -> int:
+    """Numbers in the parameters."""
+    return sum(p.numel() for p in network.module.parameters())
+
+
+def widths(network: Network) -> dict[str, int]:
+    """Output channels of every convolution."""
+    return {name: m.weight.shape[0] for name, m in network.module.named_modules() if isinstance(m, nn.Conv2d)}
+
+
 @dataclass(frozen=True)
 class Training:
     """One training run: SGD (Nesterov momentum 0.9) under a one-cycle rate (Smith 2018).

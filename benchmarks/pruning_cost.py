@@ -78,7 +78,7 @@ def ours(name: str) -> Row:
     model, example = _network(name)
     begin = time.perf_counter()
     program = fxc.capture(model, example)
-    captured = time.perf_counter()
+    captured, cpu = time.perf_counter(), time.process_time()
     plan = plan_pruning(program, ratio=RATIO)
     planned = time.perf_counter()
     pruned = plan.apply(program)
@@ -86,6 +86,7 @@ def ours(name: str) -> Row:
     return {
         "status": "pruned",
         "seconds": end - captured,
+        "cpu_s": time.process_time() - cpu,
         "capture_s": captured - begin,
         "plan_s": planned - captured,
         "apply_s": end - planned,
@@ -102,6 +103,7 @@ def theirs(name: str) -> Row:
     outcome = pruning_peer.prune(model, example, pruning_peer.Settings(RATIO, False, ignored, hints))
     row: dict[str, Json] = {
         "seconds": outcome.seconds,
+        "cpu_s": outcome.cpu_s,
         "parameters": [pruning_peer.size(model), pruning_peer.size(outcome.model)],
     }
     try:

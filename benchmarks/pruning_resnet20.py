@@ -28,7 +28,7 @@ from torch import nn
 from torch.nn import functional
 
 from benchmarks import cifar, harness
-from benchmarks.cifar import Forward, Split
+from benchmarks.cifar import Network, Split, macs, parameters, widths
 from benchmarks.export import OPSET, quiet
 from benchmarks.harness import Contestant, Json
 
@@ -40,14 +40,6 @@ PEER_STEPS: Final = 100
 PEER_CRITERIA: Final = ("l2", "taylor", "bn_scale", "lamp", "fpgm", "hessian", "random")
 OUR_CRITERIA: Final = ("taylor", "l2", "hessian", "bn_scale", "lamp", "fpgm", "random")
 SCOPES: Final = ("global", "local")
-
-
-@dataclass
-class Network:
-    """A network to train and to run: ``forward`` is the module itself, or the program around it."""
-
-    module: nn.Module
-    forward: Forward
 
 
 @dataclass(frozen=True)
@@ -66,35 +58,6 @@ class Variant:
     def name(self) -> str:
         """The row of the tables."""
         return f"{self.library} {self.criterion} {self.scope}".strip()
-
-
-def macs(network: Network) -> int:
-    """Multiply-accumulates of the convolutions and the linear layers for one image, counted as they run."""
-    total = 0
-
-    def count(module: nn.Module, _: object, output: torch.Tensor) -> None:
-        nonlocal total
-        if isinstance(module, nn.Conv2d):
-            total += module.weight[0].numel() * output[0].numel()
-        elif isinstance(module, nn.Linear):
-            total += module.weight.numel()
-
-    hooks = [m.register_forward_hook(count) for m in network.module.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    with torch.no_grad():
-        network.forward(torch.zeros(2, 3, 32, 32))
-    for hook in hooks:
-        hook.remove()
-    return total
-
-
-def parameters(network: Network) -> int:
-    """Numbers in the parameters."""
-    return sum(p.numel() for p in network.module.parameters())
-
-
-def widths(network: Network) -> dict[str, int]:
-    """Output channels of every convolution."""
-    return {name: m.weight.shape[0] for name, m in network.module.named_modules() if isinstance(m, nn.Conv2d)}
 
 
 def not_pruned(model: cifar.ResNet20, sample: Split, seed: int) -> Network:

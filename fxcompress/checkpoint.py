@@ -42,8 +42,9 @@ def pack(value: Any, tensors: dict[str, Tensor], where: str = "state") -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else {"float": str(value)}
     if isinstance(value, Tensor):
-        tensors[where] = _plain(value)
-        return {"tensor": where}
+        name = f"{len(tensors)} {where}"  # the number keeps names apart that read the same
+        tensors[name] = _plain(value)
+        return {"tensor": name}
     if isinstance(value, list | tuple):
         items = [pack(item, tensors, f"{where}.{i}") for i, item in enumerate(value)]
         return items if isinstance(value, list) else {"tuple": items}

@@ -238,6 +238,8 @@ class _Finder:
         chain = [skip]
         while chain[-1] is not start:
             node = chain[-1]
+            if start is None or self.order[node] < self.order[start]:
+                return []
             if node in self.skips:
                 chain.append(self.skips[node])
             elif self._moves(node):

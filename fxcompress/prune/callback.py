@@ -243,7 +243,7 @@ class PruningCallback(_Scheduled):
         self.program = pruned
         self.plans.append(plan)
 
-    def _budget(self, share: float) -> dict[str, float] | None:
+    def _budget(self, share: float) -> dict[str, Any] | None:
         """What to ask of ``plan_pruning`` for the present program; None when enough is gone already."""
         if self.amount == "channels":
             left = 1.0 - self.reached()

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fxcompress.analysis import count_macs, count_parameters
 from fxcompress.errors import PruneError
-from fxcompress.ir import Program
+from fxcompress.ir import Program, evaluating
 from fxcompress.prune import request
 from fxcompress.prune.certificate import Certificate, check
 from fxcompress.prune.dependencies import Bools, Dependencies, analyze
@@ -193,19 +194,23 @@ def plan_pruning(
         width: Prune dimensions that a LayerNorm or RMSNorm runs over, too. The certificate then compares with a dense
             model whose statistics run over the kept channels.
         allow_outputs: The model's outputs may lose channels.
-        example_inputs: Ignored unless given: inputs the program is checked to run on.
+        example_inputs: When given, positional inputs that the program is run on once, to see that they fit.
         train: Batches for data-driven importance.
         loss: ``loss(output, batch) -> scalar`` for ``taylor`` and ``hessian``.
         seed: For ``random``.
 
     Raises:
         PruneError: a wrong ratio or name, nothing to prune, or a budget out of reach.
+        UsageError: ``example_inputs`` do not fit the program.
     """
     options = request.checked(locals())
+    if example_inputs is not None:
+        with torch.no_grad(), evaluating(program.gm):
+            program(*example_inputs)
     found = analyze(program, width=width, allow_outputs=allow_outputs)
     groups = find_groups(found, attention)
-    per_group = request.ratios_by_group(groups, ratios or {}, program)
-    allowed = request.allowed(found, groups, ignore, include, program)
+    per_group = request.ratios_by_group(found, groups, ratios or {}, program)
+    allowed = request.allowed(found, groups, options["ignore"], options["include"], program)
     scores = _score(found, groups, importance, reduction, train, loss, seed)
     scored = request.scored(allowed, scores)
     rounded = request.roundable(scored, round_to)
@@ -247,8 +252,6 @@ def _score(
     seed: int,
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Importance of every unit; 0 where no slot says anything."""
-    import torch
-
     criterion = importance(spec, seed=seed)
     wanted = {d for g in groups for d in g.dimensions}
     uses = [u for u in found.slots if u.dimension in wanted]

@@ -33,6 +33,9 @@ _KEPT = (
     *("attention", "width", "allow_outputs", "seed"),
 )
 
+#: Why a layer may not shrink, for errors.
+_UNLESS = "the model's outputs stay as they are unless allow_outputs=True, what norms run over stays unless width=True"
+
 
 def checked(given: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of ``plan_pruning`` that a plan keeps.
@@ -60,23 +63,32 @@ def checked(given: Mapping[str, Any]) -> dict[str, Any]:
     )
     options = {n: given[n] for n in _KEPT} | {"importance": label}
     return options | {
-        "ignore": list(given["ignore"]),
-        "include": list(given["include"]),
+        "ignore": globs(given["ignore"]),
+        "include": globs(given["include"]),
         "ratios": dict(given["ratios"] or {}),
     }
+
+
+def globs(given: str | Sequence[str]) -> list[str]:
+    """A list of globs; one may be given alone."""
+    return [given] if isinstance(given, str) else list(given)
 
 
 def _check_shares(given: Mapping[str, Any]) -> None:
     shares = {"ratio": given["ratio"], "max_ratio": given["max_ratio"]}
     shares |= {f"ratios[{name!r}]": value for name, value in (given["ratios"] or {}).items()}
     for name, value in shares.items():
-        if value is not None and not 0 <= value < 1:
+        if value is not None and not (_is_number(value) and 0 <= value < 1):
             raise PruneError(
-                5, f"{name} must be at least 0 and less than 1, not {value}", fix="0.5 removes half of the channels"
+                5, f"{name} must be at least 0 and less than 1, not {value!r}", fix="0.5 removes half of the channels"
             )
     for name in ("macs", "parameters", "latency"):
-        if given[name] is not None and not 0 < given[name] <= 1:
-            raise PruneError(12, f"{name} must be more than 0 and at most 1, not {given[name]}", fix="0.5 keeps half")
+        if given[name] is not None and not (_is_number(given[name]) and 0 < given[name] <= 1):
+            raise PruneError(12, f"{name} must be more than 0 and at most 1, not {given[name]!r}", fix="0.5 keeps half")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
 
 def matching(patterns: Iterable[str], names: Sequence[str], what: str) -> set[str]:
@@ -101,13 +113,23 @@ def _layers(program: Program, groups: Sequence[Group]) -> list[str]:
     return list(dict.fromkeys([*modules, *(layer for g in groups for layer in g.layers), *(g.name for g in groups)]))
 
 
-def ratios_by_group(groups: Sequence[Group], ratios: Mapping[str, float], program: Program) -> dict[str, float]:
-    """Share to remove by group name, from globs over groups and the layers that make their channels."""
+def ratios_by_group(
+    found: Dependencies, groups: Sequence[Group], ratios: Mapping[str, float], program: Program
+) -> dict[str, float]:
+    """Share to remove by group name, from globs over groups and the layers that make their channels.
+
+    Raises:
+        PruneError: a pattern matches nothing, or only layers that cannot shrink.
+    """
     result: dict[str, float] = {}
     names = _layers(program, groups)
     for pattern, ratio in ratios.items():
         hits = matching([pattern], names, "ratios")
-        result.update({g.name: ratio for g in groups if g.name in hits or g.layers[0] in hits})
+        chosen = [g.name for g in groups if g.name in hits or g.layers[0] in hits]
+        chosen = chosen or [g.name for g in groups if _makers(found, g) & hits]
+        if not chosen:
+            raise PruneError(14, f"ratios: nothing that {pattern!r} makes can shrink", fix=_UNLESS)
+        result.update(dict.fromkeys(chosen, ratio))
     return result
 
 
@@ -129,9 +151,16 @@ def allowed(
         if not group.alternative and wanted and not (makers & ignored) and group.name not in ignored:
             result.append(group)
     if not result:
-        why = "every group is ignored" if groups else "no dimension of this model can shrink"
+        makes = included is not None and not any(_makers(found, g) & included for g in groups)
+        why, fix = "every group is ignored", "ignore less"
+        if not groups or makes:
+            why = (
+                f"nothing that {', '.join(include)} makes can shrink"
+                if makes
+                else "no dimension of this model can shrink"
+            )
+            fix = _UNLESS
         more = "; ".join(found.reasons[:3])
-        fix = "ignore less" if groups else "its outputs stay as they are unless allow_outputs=True"
         raise PruneError(9, "there is nothing to prune", why=f"{why}{'; ' + more if more else ''}", fix=fix)
     return result
 

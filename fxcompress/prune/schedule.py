@@ -246,9 +246,14 @@ class CubicSchedule(LinearSchedule):
 #: The name under which the cubic schedule was published.
 AGPSchedule = CubicSchedule
 
-_KINDS: dict[str, type[Schedule]] = {
-    kind.name: kind for kind in (OneShotSchedule, IterativeSchedule, LinearSchedule, ExponentialSchedule, CubicSchedule)
-} | {"agp": CubicSchedule}
+_ALL: tuple[type[Schedule], ...] = (
+    OneShotSchedule,
+    IterativeSchedule,
+    LinearSchedule,
+    ExponentialSchedule,
+    CubicSchedule,
+)
+_KINDS = {kind.name: kind for kind in _ALL} | {"agp": CubicSchedule}
 
 
 def make_schedule(name: str, final: float, **options: Any) -> Schedule:

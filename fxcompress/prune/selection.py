@@ -124,11 +124,12 @@ def search(selector: Selector, cost: Callable[[Bools], float], budget: float, na
     least = cost(best)
     if least > budget:
         dense = cost(np.zeros_like(best))
+        share = math.ceil(1000 * least / max(dense, 1e-12)) / 1000  # rounded up, so that it can be met
         raise PruneError(
             1,
             f"the {name} budget cannot be met: {budget:.4g} of {dense:.4g}",
             why=f"pruning everything that may go leaves {least:.4g} ({least / max(dense, 1e-12):.1%})",
-            fix=f"ask for {name}={least / max(dense, 1e-12):.3f} or more, ignore less, or lower round_to and min_channels",
+            fix=f"ask for {name}={share:.3f} or more, ignore less, or lower round_to and min_channels",
         )
     for _ in range(steps):
         middle = (low + high) / 2

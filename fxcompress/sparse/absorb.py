@@ -18,6 +18,7 @@ from torch.fx import Node
 from fxcompress.ir import Program
 from fxcompress.layers import Fused, TransposedLinear
 from fxcompress.rewrite import Analysis
+from fxcompress.sizes import fixed_size
 from fxcompress.sparse.layers import is_weighted
 from fxcompress.sparse.store import WeightStore
 
@@ -35,6 +36,7 @@ _ELEMENTWISE = {
     _aten.square, _aten.sqrt, _aten.rsqrt, _aten.neg, _aten.pow, _aten.clamp, _aten.clamp_min, _aten.to, _aten.clone,
     _aten.contiguous, _aten.detach, _aten.alias,
 }  # fmt: skip
+_VIEWS = {_aten.view, _aten.reshape}
 _BINARY = {_aten.add, _aten.sub, _aten.mul, _aten.div}
 #: Keep dimension 1 as it is.
 _POOLS = {
@@ -67,8 +69,8 @@ def find_chain(analysis: Analysis, consumer: Node) -> Chain | str:
         return reason
     source = cast(Node, consumer.args[0])
     dim = _channel_dim(layer, source.meta["val"].dim())
-    tracer = _Tracer(analysis, consumer, dim)
-    reason = tracer.trace(source) or tracer.outside_user()
+    tracer = _Tracer(analysis, consumer, int(source.meta["val"].shape[dim]))
+    reason = tracer.trace(source, dim) or tracer.outside_user()
     if reason:
         return reason
     tracer.chain.moved.append((layer, "weight", _input_axis(layer)))
@@ -107,11 +109,23 @@ def _input_axis(layer: nn.Module) -> int:
     return 0 if isinstance(layer, (TransposedLinear, *_TRANSPOSED)) else 1
 
 
+def _norm_fits(node: Node, module: Any, dim: int) -> bool:
+    if isinstance(module, _BATCH_NORMS):
+        return dim == 1
+    last = dim == node.meta["val"].dim() - 1
+    return isinstance(module, _LAST_NORMS) and len(module.normalized_shape) == 1 and last
+
+
+def _keeps_last(node: Node, dim: int) -> bool:
+    """True for a view that only regroups the dimensions before the last one, which holds the channels."""
+    new, old = node.meta["val"], cast(Node, node.args[0]).meta["val"]
+    return dim == new.dim() - 1 and old.dim() > 0 and fixed_size(new.shape[-1]) == fixed_size(old.shape[-1]) is not None
+
+
 class _Tracer:
-    def __init__(self, analysis: Analysis, consumer: Node, dim: int) -> None:
-        self.analysis, self.program, self.dim = analysis, analysis.program, dim
+    def __init__(self, analysis: Analysis, consumer: Node, size: int) -> None:
+        self.analysis, self.program, self.size = analysis, analysis.program, size
         self.chain = Chain(consumer)
-        self.size = int(cast(Node, consumer.args[0]).meta["val"].shape[dim])
         self.seen: set[Node] = set()
 
     def outside_user(self) -> str:
@@ -122,41 +136,35 @@ class _Tracer:
                 return f"{others[0].name} reads {node.name} too"
         return ""
 
-    def trace(self, node: Node) -> str:
-        """Collect what makes ``node``; a reason when it cannot be reordered."""
+    def trace(self, node: Node, dim: int) -> str:
+        """Collect what makes ``node``, whose channels are dimension ``dim``; a reason when it cannot be reordered."""
         if node in self.seen:
             return ""
         self.seen.add(node)
         if node.op == "call_module":
-            return self._module(node)
+            return self._module(node, dim)
         if node.op == "call_function":
-            return self._function(node)
+            return self._function(node, dim)
         return "it is an input of the model" if node.op == "placeholder" else self._parameter(node)
 
-    def _module(self, node: Node) -> str:
+    def _module(self, node: Node, dim: int) -> str:
         module: Any = self.program.module(node)
         if isinstance(module, _DROPOUTS):
-            return self.trace(cast(Node, node.args[0]))
+            return self.trace(cast(Node, node.args[0]), dim)
         if is_weighted(module):
-            return self._layer(node, module)
-        if not self._norm_fits(node, module):
+            return self._layer(node, module, dim)
+        if not _norm_fits(node, module, dim):
             return f"{node.target} ({type(module).__name__}) mixes or regroups channels"
         if self.analysis.calls(node) > 1 or self.analysis.shared_with(node):
             return f"{node.target} is shared"
         self._take(module, ("weight", "bias", "running_mean", "running_var"))
-        return self.trace(cast(Node, node.args[0]))
+        return self.trace(cast(Node, node.args[0]), dim)
 
-    def _norm_fits(self, node: Node, module: Any) -> bool:
-        if isinstance(module, _BATCH_NORMS):
-            return self.dim == 1
-        last = self.dim == node.meta["val"].dim() - 1
-        return isinstance(module, _LAST_NORMS) and len(module.normalized_shape) == 1 and last
-
-    def _layer(self, node: Node, module: Any) -> str:
-        if _channel_dim(module, node.meta["val"].dim()) != self.dim:
+    def _layer(self, node: Node, module: Any, dim: int) -> str:
+        if _channel_dim(module, node.meta["val"].dim()) != dim:
             return f"{node.target} counts channels on another axis"
         if getattr(module, "groups", 1) == module.weight.shape[0] == self.size and self.size > 1:
-            return self._depthwise(node, module)
+            return self._depthwise(node, module, dim)
         reason = _unusable(self.analysis, node)
         if reason:
             return reason
@@ -165,39 +173,39 @@ class _Tracer:
         self._take(module, ("bias",))
         return ""
 
-    def _depthwise(self, node: Node, module: Any) -> str:
+    def _depthwise(self, node: Node, module: Any, dim: int) -> str:
         odd = isinstance(module, Fused) and (len(node.args) > 1 or module.weight_fake_quantize is not None)
         one_each = module.in_channels == module.out_channels
         if odd or not one_each or self.analysis.calls(node) > 1 or self.analysis.shared_with(node):
             return f"{node.target} is shared, fused with a residual, or has more outputs than inputs"
         self._take(module, ("weight", "bias"))
-        return self.trace(cast(Node, node.args[0]))
+        return self.trace(cast(Node, node.args[0]), dim)
 
     def _take(self, module: nn.Module, names: tuple[str, ...]) -> None:
         self.chain.moved += [(module, name, 0) for name in names if getattr(module, name, None) is not None]
 
-    def _function(self, node: Node) -> str:
+    def _function(self, node: Node, dim: int) -> str:
         packet = getattr(node.target, "overloadpacket", None)
         nodes = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, Node)]
-        if packet in _ELEMENTWISE and nodes == [node.args[0]]:
-            return self.trace(nodes[0])
-        if packet in _POOLS and self.dim == 1 and nodes == [node.args[0]] and node.meta["val"].dim() > 2:
-            return self.trace(nodes[0])
+        first = nodes == list(node.args[:1])
+        if first and (packet in _ELEMENTWISE or (packet in _POOLS and dim == 1 and node.meta["val"].dim() > 2)):
+            return self.trace(nodes[0], dim)
         if packet in _BINARY:
-            return next((reason for n in nodes if (reason := self._operand(node, n))), "")
+            return next((reason for n in nodes if (reason := self._operand(node, n, dim))), "")
+        if packet in _VIEWS and _keeps_last(node, dim):
+            source = cast(Node, node.args[0])
+            return self.trace(source, source.meta["val"].dim() - 1)
         return f"{node.name} ({node.target}) may mix or regroup channels"
 
-    def _operand(self, node: Node, operand: Node) -> str:
+    def _operand(self, node: Node, operand: Node, dim: int) -> str:
         """An operand of a sum or product: alike for all channels, or traced."""
         value = operand.meta.get("val")
         if not isinstance(value, Tensor):
             return ""
-        axis = self.dim - (node.meta["val"].dim() - value.dim())
+        axis = dim - (node.meta["val"].dim() - value.dim())
         if axis < 0 or value.shape[axis] == 1:
             return ""
-        if axis == self.dim or operand.op == "get_attr":
-            return self.trace(operand)
-        return f"{operand.name} has its channels on another axis"
+        return self.trace(operand, axis)
 
     def _parameter(self, node: Node) -> str:
         """A per-channel parameter that is read without a layer, such as a scale."""

@@ -112,6 +112,18 @@ class Gpt(nn.Module):
         return torch.addmm(self.b2, torch.tanh(torch.addmm(self.b1, x, self.w1)), self.w2)
 
 
+class Viewed(nn.Module):
+    """Views that regroup what stands before the channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.b(F.relu(self.a(x).reshape(-1, 8)).reshape(x.shape[0], 2, 2, 8))
+        return out
+
+
 class Up(nn.Module):
     """Transposed convolutions."""
 
@@ -131,6 +143,7 @@ EXACT: dict[str, tuple[Any, tuple[int, ...], int]] = {
     "gated": (Gated, ROWS, 4),
     "gpt": (Gpt, ROWS, 3),
     "up": (Up, IMAGE, 3),
+    "viewed": (Viewed, (2, 4, 3), 3),
 }
 
 

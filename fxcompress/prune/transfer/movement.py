@@ -169,6 +169,12 @@ def _padded(flow: Flow, node: Node, value: Value, d: int, before: int, after: in
 def _roll(flow: Flow, node: Node) -> Any:
     value, args = source(flow, node), arguments(node)
     moved = [value.dim(d) for d in args["dims"]] or list(range(len(value.sizes)))
+    start = node.args[0]
+    if len(moved) == 1 and args["dims"] and flow.columns(value, moved[0]) and isinstance(args["shifts"][0], int):
+        assert isinstance(start, Node)
+        order = np.roll(np.arange(value.sizes[moved[0]]), args["shifts"][0])
+        shuffle = flow.shuffles[node.name] = Shuffle(start, moved[0], order)
+        return shuffled(flow, shuffle)
     flow.pin_value(value, node, "channels are rolled", moved)
     return value
 
