@@ -24,10 +24,10 @@ NETWORK: Final = "torchvision/resnet50"
 MACS: Final = 0.5
 BAR: Final = 1.6
 ENGINES: Final = ("onnxruntime", "openvino")
-ROUND_TO: Final = (1, 8, 16, 32)
+ROUND_TO: Final[tuple[int | str, ...]] = (1, "target", 32)
 
 
-def programs(round_to: tuple[int, ...]) -> tuple[Any, dict[str, Any], dict[str, dict[str, float]]]:
+def programs(round_to: tuple[int | str, ...]) -> tuple[Any, dict[str, Any], dict[str, dict[str, float]]]:
     """The dense program, pruned ones by ``round_to``, and their sizes."""
     torch.manual_seed(0)
     entry = ZOO[NETWORK]

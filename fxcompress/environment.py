@@ -75,6 +75,15 @@ def cpu_flags() -> frozenset[str]:
     return frozenset((info.get("flags") or info.get("Features") or "").split()) & frozenset(_FLAGS)
 
 
+def channel_multiple() -> int:
+    """Channels that float32 kernels of the processor (`cpu_flags`) handle at once: 16 with AVX-512, 8 with AVX2, else 4.
+
+    Blocked layouts pad up to a multiple of it, so channels in between cost as much as the next multiple.
+    """
+    flags = cpu_flags()
+    return 16 if "avx512f" in flags else 8 if "avx2" in flags else 4
+
+
 def has_vnni(flags: frozenset[str] | None = None) -> bool:
     """True when 8-bit products are summed in 32 bits by the processor (VNNI, AMX, ARM dot product).
 

@@ -247,6 +247,8 @@ def clone_tree(module: nn.Module, memo: dict[int, nn.Module] | None = None) -> n
     new.__dict__.update(module.__dict__)
     for name in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
         new.__dict__[name] = copy.copy(module.__dict__[name])
+    if isinstance(module, nn.RNNBase):  # setting a weight writes into this list
+        new.__dict__["_flat_weights"] = list(module.__dict__["_flat_weights"])
     new.__dict__["_modules"] = {n: None if m is None else clone_tree(m, memo) for n, m in module._modules.items()}
     return new
 

@@ -29,8 +29,9 @@ class PruneChannels(Pass):
         target: Engine for ``latency``.
         importance: Criterion by name.
         scope: ``"global"`` or ``"local"`` ranking.
-        reduction: ``mean``, ``max``, ``sum`` or ``norm``.
-        round_to: Channels left are a multiple of this.
+        reduction: ``sum``, ``mean``, ``max`` or ``norm``.
+        normalize: ``mean``, ``macs``, ``parameters`` or ``none``; None for the cost that the budget limits.
+        round_to: Channels left are a multiple of this; ``"target"`` for the width of the kernels of the processor.
         ignore: Layers (globs) that keep their output channels.
         include: Layers (globs) that may lose output channels; empty for all.
         ratios: Pairs of a layer or group (glob) and the share to remove there.
@@ -51,8 +52,9 @@ class PruneChannels(Pass):
     target: str | None = None
     importance: str = "l2"
     scope: str = "global"
-    reduction: str = "mean"
-    round_to: int = 1
+    reduction: str = "sum"
+    normalize: str | None = None
+    round_to: int | str = 1
     ignore: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
     ratios: tuple[tuple[str, float], ...] = ()

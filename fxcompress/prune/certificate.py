@@ -19,7 +19,7 @@ from fxcompress.examples import other_sizes, resized
 from fxcompress.ir import Program, evaluating
 from fxcompress.passbase import output_error
 from fxcompress.prune.dependencies import Bools, Dependencies
-from fxcompress.prune.surgery import cut_program, like, replace_tensors
+from fxcompress.prune.surgery import cut_program, cut_rows, like, moved_biases, replace_tensors
 
 __all__ = ["Certificate", "as_double", "check", "masked_program"]
 
@@ -157,9 +157,15 @@ def _difference(masked: Program, pruned: Program, dtype: torch.dtype | None) -> 
     return max(output_error(_run(masked, leaves, dtype), _run(pruned, leaves, dtype)) for leaves in _leaves(masked))
 
 
-def double_difference(masked: Program, pruned: Program) -> float:
-    """Largest relative output difference in float64."""
-    return _difference(as_double(masked), as_double(pruned), torch.float64)
+def _unrounded(found: Dependencies, removed: Bools, pruned: Program) -> Program:
+    """The pruned program in double precision; biases that took over a constant as they were before rounding."""
+    double = as_double(pruned)
+    for path, exact in moved_biases(found, removed).items():
+        stored = pruned.gm.get_submodule(path).bias
+        rows = cut_rows(found, removed, path, exact)
+        if isinstance(stored, Tensor) and torch.equal(stored, rows.to(stored.dtype)):
+            replace_tensors(double, {id(double.gm.get_submodule(path).bias): nn.Parameter(rows)})
+    return double
 
 
 def check(
@@ -178,7 +184,8 @@ def check(
         CertificateError: the outputs differ; the first group that differs by itself is named.
     """
     masked = masked_program(found, removed)
-    single, double = _difference(masked, pruned, None), double_difference(masked, pruned)
+    single = _difference(masked, pruned, None)
+    double = _difference(as_double(masked), _unrounded(found, removed, pruned), torch.float64)
     limit = TOLERANCES[torch.float32]
     if any(p.dtype in (torch.float16, torch.bfloat16) for p in pruned.gm.parameters()):
         limit = math.inf  # coarser than any useful tolerance: double precision decides
@@ -196,7 +203,8 @@ def check(
 
 def _alone(found: Dependencies, units: Bools) -> float:
     """Difference when only one group is pruned."""
-    return double_difference(masked_program(found, units), cut_program(found, units)[0])
+    pruned = _unrounded(found, units, cut_program(found, units)[0])
+    return _difference(as_double(masked_program(found, units)), pruned, torch.float64)
 
 
 def _blame(found: Dependencies, groups: dict[str, Bools], single: float, double: float) -> None:

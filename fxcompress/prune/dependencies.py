@@ -146,7 +146,8 @@ def analyze(program: Program, *, width: bool = False, allow_outputs: bool = Fals
         found.slots += _slots(found, name, value)
     _costs(found)
     found.moved = [(moved, found.dimension(moved.columns)) for moved in flow.moved]
-    found.statistics = {node: found.dimension(columns) for node, columns in flow.statistics.items()}
+    statistics = {node: found.dimension(columns) for node, columns in flow.statistics.items()}
+    found.statistics = {node: number for node, number in statistics.items() if number >= 0}
     found.renumber()
     for columns, kind in flow.tags:
         found.tags.update(dict.fromkeys(found.units_of(columns).tolist(), kind))
@@ -167,9 +168,15 @@ def _slots(found: Dependencies, name: str, value: Value) -> list[SlotUse]:
     for d, columns in enumerate(value.dims):
         number = found.dimension(columns)
         if number >= 0:
-            role = found.flow.roles.get((name, d), "state" if buffer else "out")
+            role = _role(found.flow, (name, d), buffer)
             uses.append(SlotUse(Slot(name, d, role, layer, node, value.sizes[d]), number))
     return uses
+
+
+def _role(flow: Flow, slot: tuple[str, int], buffer: bool) -> str:
+    if slot in flow.makers:
+        return "out"
+    return "in" if slot in flow.readers else "state" if buffer else "out"
 
 
 def _parameter_names(found: Dependencies) -> set[str]:

@@ -70,7 +70,8 @@ class Flow:
         labels: The channels' atoms.
         values: What each node yields: a Value, a list of them, or None.
         tensors: Value of each parameter or buffer by its identity, with its first name.
-        roles: ``(tensor name, dim)`` -> ``"in"``; everything else is ``"out"`` or, for buffers, ``"state"``.
+        readers: ``(tensor name, dim)`` that read channels.
+        makers: ``(tensor name, dim)`` that make channels, whatever else they do (a tied embedding does both).
         layers: Tensor name -> (layer path, node name) that uses it first.
         outputs: Layer node -> dimension of its (first) output that holds its channels.
         costs: Multiply-accumulates.
@@ -87,7 +88,8 @@ class Flow:
     labels: Labels = field(default_factory=Labels)
     values: dict[Node, Any] = field(default_factory=dict)
     tensors: dict[int, tuple[str, Value]] = field(default_factory=dict)
-    roles: dict[tuple[str, int], str] = field(default_factory=dict)
+    readers: set[tuple[str, int]] = field(default_factory=set)
+    makers: set[tuple[str, int]] = field(default_factory=set)
     layers: dict[str, tuple[str, str]] = field(default_factory=dict)
     outputs: dict[str, int] = field(default_factory=dict)
     costs: list[Cost] = field(default_factory=list)
@@ -234,15 +236,17 @@ class Flow:
 
     def mark_in(self, columns: Columns) -> None:
         """These dimensions of parameters read channels instead of making them."""
-        for column in columns:
-            if column.source is not None:
-                self.roles[column.source] = "in"
+        self.readers |= {c.source for c in columns if c.source is not None}
+
+    def mark_out(self, columns: Columns) -> None:
+        """These dimensions of parameters make channels."""
+        self.makers |= {c.source for c in columns if c.source is not None}
 
     def zero_buffer(self, value: Value) -> None:
         """A buffer that is zeroed where channels go, as parameters are."""
         for name, known in self.tensors.values():
             if known is value:
-                self.roles[name, 0] = "out"
+                self.makers.add((name, 0))
 
     def tag(self, columns: Columns, kind: str) -> None:
         """Remember what kind of channel these are."""

@@ -150,8 +150,9 @@ def plan_pruning(
     *,
     importance: str | Importance | ImportanceFunction = "l2",
     scope: str = "global",
-    reduction: str = "mean",
-    round_to: int = 1,
+    reduction: str = "sum",
+    normalize: str | None = None,
+    round_to: int | str = 1,
     ignore: Sequence[str] = (),
     include: Sequence[str] = (),
     ratios: Mapping[str, float] | None = None,
@@ -179,8 +180,11 @@ def plan_pruning(
         importance: ``l1``, ``l2``, ``bn_scale``, ``taylor``, ``taylor_abs``, ``taylor_squared``, ``hessian``, ``hrank``,
             ``fpgm``, ``lamp``, ``activation``, ``random``, an `Importance`, or a function ``(slot, tensor) -> scores``.
         scope: ``"global"`` ranks the channels of all layers against each other, ``"local"`` those of each group.
-        reduction: How the scores of all that goes with one channel become one: ``mean``, ``max``, ``sum``, ``norm``.
-        round_to: Channels that are left are a multiple of this; a layer with fewer is left alone.
+        reduction: How the scores of all that goes with one channel become one: ``sum``, ``mean``, ``max``, ``norm``.
+        normalize: What scores are divided by for the global ranking: ``mean`` of their group, ``macs`` or ``parameters``
+            (the root of what one channel costs), or ``none``. By default the budget's own cost, ``mean`` without one.
+        round_to: Channels that are left are a multiple of this; a layer with fewer is left alone. ``"target"``: what the
+            kernels of the processor handle at once (16 with AVX-512, 8 with AVX2).
         ignore: Layers (globs) that keep all of their output channels.
         include: When given, only layers (globs) that may lose output channels.
         ratios: Layer or group (glob) -> share to remove, instead of the ranking's.
@@ -213,8 +217,10 @@ def plan_pruning(
     allowed = request.allowed(found, groups, options["ignore"], options["include"], program)
     scores = _score(found, groups, importance, reduction, train, loss, seed)
     scored = request.scored(allowed, scores)
-    rounded = request.roundable(scored, round_to)
-    selector = Selector(found, rounded, scores, scope, round_to, min_channels, max_ratio, per_group)
+    rounded = request.roundable(scored, options["round_to"])
+    selector = Selector(
+        found, rounded, scores, scope, options["round_to"], min_channels, max_ratio, per_group, options["normalize"]
+    )
     removed = _choose(selector, found, program, ratio, macs, parameters, latency, target)
     notes = request.notes(found, groups, allowed, rounded, options) + request.unscored(allowed, scored)
     return _plan(found, groups, removed, scores, options, notes)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fxcompress.environment import channel_multiple
 from fxcompress.errors import PruneError
 from fxcompress.ir import Program
 from fxcompress.prune.dependencies import Dependencies
@@ -22,6 +23,7 @@ _KEPT = (
         "ratio",
         "scope",
         "reduction",
+        "normalize",
         "round_to",
         "macs",
         "parameters",
@@ -49,10 +51,12 @@ def checked(given: Mapping[str, Any]) -> dict[str, Any]:
     if not budgets and not given["ratios"]:
         raise PruneError(4, "how much to prune is missing", fix="give ratio=, macs=, parameters=, latency= or ratios=")
     _check_shares(given)
+    given = {**given, "round_to": multiple(given["round_to"]), "normalize": _normalize(given)}
     for name in ("round_to", "min_channels"):
         if not isinstance(given[name], int) or given[name] < 1:
             raise PruneError(6, f"{name} must be a whole number from 1 on, not {given[name]!r}")
-    for name, known in (("scope", ("global", "local")), ("attention", ("heads", "head_dim"))):
+    known_by = ("mean", "macs", "parameters", "none")
+    for name, known in (("normalize", known_by), ("scope", ("global", "local")), ("attention", ("heads", "head_dim"))):
         if given[name] not in known:
             raise PruneError(7, f"unknown {name} {given[name]!r}", fix=f"known: {', '.join(known)}")
     importance = given["importance"]
@@ -67,6 +71,20 @@ def checked(given: Mapping[str, Any]) -> dict[str, Any]:
         "include": globs(given["include"]),
         "ratios": dict(given["ratios"] or {}),
     }
+
+
+def multiple(round_to: int | str) -> int | str:
+    """A number of channels; ``"target"`` is what the kernels of the target's processor handle at once."""
+    return channel_multiple() if round_to == "target" else round_to
+
+
+def _normalize(given: Mapping[str, Any]) -> str:
+    """What scores are divided by, unless said: the cost that the budget limits."""
+    if given["normalize"] is not None:
+        return str(given["normalize"])
+    if given["macs"] is not None or given["latency"] is not None:
+        return "macs"
+    return "mean" if given["parameters"] is None else "parameters"
 
 
 def globs(given: str | Sequence[str]) -> list[str]:

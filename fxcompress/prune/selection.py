@@ -30,6 +30,8 @@ class Selector:
         min_channels: Least number of units a group keeps.
         max_ratio: Largest share of a group that may go.
         ratios: Share to remove of some groups, whatever the ranking says.
+        normalize: What scores are divided by before groups are ranked against each other: ``"mean"`` of the group,
+            ``"macs"`` or ``"parameters"``: the root of what one unit costs, or ``"none"``.
     """
 
     found: Dependencies
@@ -40,6 +42,7 @@ class Selector:
     min_channels: int = 1
     max_ratio: float = 0.95
     ratios: Mapping[str, float] = field(default_factory=dict)
+    normalize: str = "mean"
 
     def __post_init__(self) -> None:
         free = [g for g in self.groups if g.name not in self.ratios]
@@ -48,10 +51,16 @@ class Selector:
         self._total = sum(g.size for g in free)
 
     def _normalized(self, group: Group) -> NDArray[np.float64]:
-        """Scores relative to their group's mean: layers of different scale become comparable."""
+        """Scores that are comparable between layers: by their group's mean, or by what a unit costs.
+
+        What a channel contributes grows more slowly than its cost, hence the root.
+        """
         own = self.scores[group.units]
-        mean = float(np.abs(own).mean())
-        return own / mean if mean > 0 else own
+        if self.normalize == "none":
+            return own
+        cost = {"macs": group.macs, "parameters": group.parameters}.get(self.normalize)
+        scale = float(np.abs(own).mean()) if cost is None else math.sqrt(max(cost, 1) / group.size)
+        return own / scale if scale > 0 else own
 
     def remove(self, ratio: float) -> Bools:
         """Units to remove so that about ``ratio`` of all units that are ranked go."""

@@ -13,18 +13,19 @@ from torch.fx import Node
 from fxcompress.ir import Program
 from fxcompress.layers import TransposedLinear
 from fxcompress.prune.dependencies import Bools, Dependencies
-from fxcompress.prune.flow import MovedConstant
 from fxcompress.prune.nodes import Surgeon
 
-__all__ = ["cut_program", "replace_tensors"]
+__all__ = ["cut_program", "cut_rows", "like", "moved_biases", "replace_tensors"]
 
 
 def cut_program(found: Dependencies, removed: Bools) -> tuple[Program, list[str]]:
     """A copy of the analyzed program without the units marked in ``removed``; and what was done beyond cutting."""
     program = found.program.clone()
     surgeon = Surgeon(program, found, removed)
-    notes = [_move_constant(surgeon, moved, number) for moved, number in found.moved]
+    biases, notes = _move_constants(program, found, removed)
     replace_tensors(program, _cut_tensors(surgeon))
+    for path, bias in biases.items():
+        program.gm.get_submodule(path).bias = bias
     surgeon.run()
     done: set[int] = set()
     for node, module in program.layers():
@@ -32,7 +33,7 @@ def cut_program(found: Dependencies, removed: Bools) -> tuple[Program, list[str]
             _update_layer(surgeon, node, module)
             done.add(id(module))
     program.recompile()
-    return program, [n for n in notes if n]
+    return program, notes
 
 
 def replace_tensors(program: Program, new: dict[int, Tensor]) -> None:
@@ -70,25 +71,49 @@ def _cut_tensors(surgeon: Surgeon) -> dict[int, Tensor]:
     return new
 
 
-def _move_constant(surgeon: Surgeon, moved: MovedConstant, number: int) -> str:
-    """Add to a layer's bias what the removed input channels contributed."""
-    if number < 0 or surgeon.kept(number).all():
-        return ""
-    fill = np.where(surgeon.kept(number), 0.0, moved.columns[0].fill)
-    if not np.any(fill):
-        return ""
-    layer: Any = surgeon.program.gm.get_submodule(moved.layer)
-    weight = layer.weight.detach().double()
-    flat = weight.T if isinstance(layer, TransposedLinear) else weight.flatten(2).sum(2) if weight.dim() > 2 else weight
-    delta = flat @ torch.as_tensor(fill, dtype=torch.float64, device=weight.device)
-    old = layer.bias
-    if old is not None:
-        replace_tensors(surgeon.program, {id(old): like(old, (old.detach().double() + delta).to(old.dtype))})
-        return f"{moved.layer}: what removed channels left behind moved into its bias"
-    rows = surgeon.left(moved.node, surgeon.found.flow.outputs[moved.node])
-    data = delta if rows is None else delta[torch.as_tensor(np.flatnonzero(rows), device=delta.device)]
-    layer.bias = like(layer.weight, data.to(layer.weight.dtype))
-    return f"{moved.layer}: a new bias holds what removed channels left behind"
+def moved_biases(found: Dependencies, removed: Bools) -> dict[str, Tensor]:
+    """Layer -> float64 bias of all its channels, what removed input channels leave behind added."""
+    result: dict[str, Tensor] = {}
+    for moved, number in found.moved:
+        if number < 0:
+            continue
+        fill = np.where(found.kept(number, removed), 0.0, moved.columns[0].fill)
+        if not np.any(fill):
+            continue
+        layer: Any = found.program.gm.get_submodule(moved.layer)
+        weight = layer.weight.detach().double()
+        flat = (
+            weight.T
+            if isinstance(layer, TransposedLinear)
+            else weight.flatten(2).sum(2)
+            if weight.dim() > 2
+            else weight
+        )
+        delta = flat @ torch.as_tensor(fill, dtype=torch.float64, device=weight.device)
+        result[moved.layer] = delta if layer.bias is None else layer.bias.detach().double() + delta
+    return result
+
+
+def cut_rows(found: Dependencies, removed: Bools, layer: str, rows: Tensor) -> Tensor:
+    """What is left of one number per output channel of a layer."""
+    node = next(n for n in found.program.graph.nodes if n.op == "call_module" and n.target == layer)
+    number = found.values[node.name][found.flow.outputs[node.name]]
+    kept = np.ones(len(rows), dtype=np.bool_) if number < 0 else found.kept(number, removed)
+    return rows[torch.as_tensor(np.flatnonzero(kept), device=rows.device)]
+
+
+def _move_constants(program: Program, found: Dependencies, removed: Bools) -> tuple[dict[str, Tensor], list[str]]:
+    """Changed biases are put in whole, to be cut with the rest; new ones are returned, already cut, with notes."""
+    new, notes = {}, []
+    for path, bias in moved_biases(found, removed).items():
+        layer: Any = program.gm.get_submodule(path)
+        if layer.bias is None:
+            new[path] = like(layer.weight, cut_rows(found, removed, path, bias).to(layer.weight.dtype))
+            notes.append(f"{path}: a new bias holds what removed channels left behind")
+        else:
+            replace_tensors(program, {id(layer.bias): like(layer.bias, bias.to(layer.bias.dtype))})
+            notes.append(f"{path}: what removed channels left behind moved into its bias")
+    return new, notes
 
 
 def _may_change(surgeon: Surgeon, node: Node) -> bool:

@@ -93,7 +93,7 @@ def sparsify(
     except BaseException:
         store.undo()
         raise
-    return SparsityMasks(model, outcome.kept, store, outcome.notes, settings.record())
+    return SparsityMasks(model, outcome.kept, store, outcome.permuted + outcome.notes, settings.record())
 
 
 @dataclass
@@ -182,18 +182,22 @@ class _Work:
         return self._graph
 
     def _by_magnitude(self) -> None:
-        score, block = magnitude(self.settings.method, self.settings.seed), self.settings.block
-        rows = [to_rows(layer.module, layer.weight.detach()) for layer in self.layers]
-        target = self.settings.target
-        if isinstance(target, Pattern):
-            pruned = [target.prune(block_scores(score(r), r, 1)) for r in rows]
-        else:
-            scores = [block_scores(score(r), r, block) for r in rows]
-            every = self.settings.scope == "global"
-            pruned = lowest_of_all(scores, target) if every else [lowest(s, target, 3) for s in scores]
-            pruned = [p.repeat_interleave(block, -1) for p in pruned]
-        for layer, where in zip(self.layers, pruned, strict=True):
-            self._put(layer, where)
+        settings, target, block = self.settings, self.settings.target, self.settings.block
+        score = magnitude(settings.method, settings.seed, block)
+
+        def scores(layer: SparseLayer) -> Tensor:
+            rows = to_rows(layer.module, layer.weight.detach())
+            return block_scores(score(rows), rows, block)
+
+        if settings.scope == "global":
+            everywhere = lowest_of_all([scores(layer) for layer in self.layers], cast(float, target))
+            for layer, pruned in zip(self.layers, everywhere, strict=True):
+                self._put(layer, pruned.repeat_interleave(block, -1))
+            return
+        for layer in self.layers:
+            found = scores(layer)
+            pruned = target.prune(found) if isinstance(target, Pattern) else lowest(found, target, 3)
+            self._put(layer, pruned.repeat_interleave(block, -1))
 
     def _calibrated(self) -> None:
         assert self.data is not None

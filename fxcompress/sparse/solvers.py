@@ -28,17 +28,21 @@ BLOCK_COLUMNS = 128
 DAMPING = 0.01
 
 
-def magnitude(method: str, seed: int) -> Callable[[Tensor], Tensor]:
+def magnitude(method: str, seed: int, block: int = 1) -> Callable[[Tensor], Tensor]:
     """Scores of weights for ``l1``, ``l2`` or ``random``: a function of the rows, of the same shape and on one scale.
 
     ``random`` draws from a generator of its own with ``seed``, layer after layer.
     """
-    if method == "l2":
-        return lambda rows: rows.double().square()  # block_scores takes the mean; the root keeps the order
-    if method == "l1":
-        return lambda rows: rows.double().abs()
-    generator = torch.Generator().manual_seed(seed)
-    return lambda rows: torch.rand(rows.shape, generator=generator, dtype=torch.float64).to(rows.device)
+    if method == "random":
+        generator = torch.Generator().manual_seed(seed)
+        return lambda rows: torch.rand(rows.shape, generator=generator).to(rows.device)
+    if method == "l2" and block > 1:
+        return lambda rows: _at_least_float32(rows).square()  # the mean of a block; its root has the same order
+    return lambda rows: _at_least_float32(rows).abs()
+
+
+def _at_least_float32(rows: Tensor) -> Tensor:
+    return rows if rows.dtype == torch.float64 else rows.float()
 
 
 def wanda(rows: Tensor, energy: Tensor) -> Tensor:

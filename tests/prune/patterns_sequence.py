@@ -89,6 +89,7 @@ class Mixer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed, self.norm1, self.norm2 = nn.Conv2d(3, 16, 2, 2), nn.LayerNorm(16), nn.LayerNorm(16)
+        self.norm = nn.LayerNorm(16)
         self.tokens = nn.Sequential(nn.Linear(16, 12), nn.GELU(), nn.Linear(12, 16))
         self.channels = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
         self.head = nn.Linear(16, 5)
@@ -97,7 +98,7 @@ class Mixer(nn.Module):
         x = self.embed(x).flatten(2).transpose(1, 2)
         x = x + self.tokens(self.norm1(x).transpose(1, 2)).transpose(1, 2)
         x = x + self.channels(self.norm2(x))
-        return cast(Tensor, self.head(x.mean(1)))
+        return cast(Tensor, self.head(self.norm(x).mean(1)))
 
 
 class SpatialGate(nn.Module):

@@ -52,6 +52,7 @@ def _finish(
     """Output of a layer: its own channels at ``d``, zero where removed; what else is carried along."""
     if bias is not None:
         flow.tie(own, bias.dims[0], node)
+    flow.mark_out(own)
     own = tuple(c.filled(0.0) for c in flow.labels.resolve(own))
     dims: list[Columns] = [()] * len(sizes)
     for other, columns in rest.items():

@@ -91,7 +91,6 @@ def _over_last(flow: Flow, node: Node, affine: list[Value], n: int, has_bias: bo
     for d in range(first, len(x.sizes)):
         own = flow.tie_all([x.dims[d], *(v.dims[d - first] for v in affine)], node)
         if wide:
-            flow.need_zero(x.dims[d], node, "removed channels would count in the statistics")
             own = tuple(c.filled(0.0) for c in flow.labels.resolve(own))
             flow.statistics[node.name] = own
         else:
