@@ -40,6 +40,8 @@ PACKAGES: Final = (
     "onnx",
     "transformers",
     "torchvision",
+    "timm",
+    "torch-pruning",
     "numpy",
 )
 CPU_FLAGS: Final = ("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16")

@@ -298,7 +298,7 @@ def _ranked_units(program: Program, options: Mapping[str, Any]) -> int:
     found = analyze(program, width=defaults["width"], allow_outputs=defaults["allow_outputs"])
     groups = find_groups(found, defaults["attention"])
     free = request.allowed(found, groups, defaults["ignore"], defaults["include"], program)
-    return sum(group.size for group in request.roundable(free, defaults["round_to"]))
+    return sum(group.size for group in request.roundable(free, int(request.multiple(defaults["round_to"]))))
 
 
 def _check_options(function: Callable[..., Any], options: Mapping[str, Any], scheduled: Sequence[str]) -> None:

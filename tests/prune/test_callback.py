@@ -128,6 +128,20 @@ def test_ignored_layers_do_not_count() -> None:
         PruningCallback(model, OneShotSchedule(0.5), ignore=["stm"])
 
 
+def test_rounding_is_made_up_by_the_next_pruning() -> None:
+    """``round_to`` keeps every step a multiple of 4: the shares are reached as nearly as that allows."""
+    model = program()
+    schedule = IterativeSchedule(0.5, rounds=4, every=1)
+    pruner = PruningCallback(model, schedule, scope="local", round_to=4, ignore=["fc"])
+    widths = []
+    for _ in range(4):
+        pruned = pruner.step()
+        widths.append([pruned.gm.get_submodule(layer).weight.shape[0] for layer in ("stem", "inner")])
+    assert all(width % 4 == 0 for pair in widths for width in pair)
+    assert widths[-1] == [8, 8]
+    assert PruningCallback(model, schedule, round_to="target").reached() == 0.0
+
+
 def test_one_shot_before_training_is_the_plan_itself() -> None:
     from fxcompress.prune.plan import plan_pruning
 

@@ -183,8 +183,7 @@ def _conv_channels(
         flow.tie(flow.labels.merge([shared, inside], [groups, n_in // groups]), flat, node)
         flow.mark_in(flat)
         return flow.labels.merge([shared, rows], [groups, n_out // groups])
-    if flat:
-        _read(flow, node, inside, flat, moves=False)
+    _read(flow, node, inside, flat, moves=False)
     n_out = flow.sizes(node.meta["val"])[1]
     outer, _ = flow.labels.split(rows, [groups, n_out // groups], f"{node}: the one group of a convolution")
     flow.tie(shared, outer, node)
