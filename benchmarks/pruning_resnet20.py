@@ -6,6 +6,7 @@
 Every method starts from the same dense network of a seed, prunes until at most half of the MACs are left, and trains on
 the same images in the same order at the same rate. Torch-Pruning is run as its documentation says: in small steps until
 the MACs are reached, the importance measured anew at every step, the classifier's outputs left alone.
+Every criterion runs on the first seed, the best few of each library on the others too.
 Each run is kept in a folder (``--cache``) and not made twice.
 """
 
@@ -38,8 +39,10 @@ GRADIENT_IMAGES: Final = 512
 """Training images, without augmentation, that the criteria that need gradients see."""
 PEER_STEPS: Final = 100
 PEER_CRITERIA: Final = ("l2", "taylor", "bn_scale", "lamp", "fpgm", "hessian", "random")
-OUR_CRITERIA: Final = ("taylor", "l2", "hessian", "bn_scale", "lamp", "fpgm", "random")
-SCOPES: Final = ("global", "local")
+PEER_LOCAL: Final = ("l2", "taylor", "bn_scale")
+OUR_CRITERIA: Final = ("taylor", "l2", "hessian", "bn_scale")
+FINALISTS: Final = 3
+"""All variants run on the first seed; this many of each library, the best there, run on the others too."""
 
 
 @dataclass(frozen=True)
@@ -149,11 +152,11 @@ def with_fxcompress(criterion: str, scope: str) -> Callable[[cifar.ResNet20, Spl
 
 def variants(options: argparse.Namespace) -> list[Variant]:
     """The dense network, Torch-Pruning's and ours that ``--only`` (a pattern of names) and ``--peers-only`` leave."""
+    peer = [(c, "global") for c in PEER_CRITERIA] + [(c, "local") for c in PEER_LOCAL]
     every = [Variant("dense", "", "", not_pruned)]
-    for scope in SCOPES:
-        every += [Variant("torch-pruning", c, scope, with_torch_pruning(c, scope)) for c in PEER_CRITERIA]
-        if not options.peers_only:
-            every += [Variant("fxcompress", c, scope, with_fxcompress(c, scope)) for c in OUR_CRITERIA]
+    every += [Variant("torch-pruning", c, scope, with_torch_pruning(c, scope)) for c, scope in peer]
+    if not options.peers_only:
+        every += [Variant("fxcompress", c, "global", with_fxcompress(c, "global")) for c in OUR_CRITERIA]
     wanted = options.only or "*"
     return [v for v in every if fnmatch.fnmatch(v.name, wanted)]
 
@@ -190,9 +193,13 @@ class Bench:
         rows = rows[:GRADIENT_IMAGES]
         return Split(self.training.images[rows], self.training.labels[rows])
 
+    def stem(self, variant: Variant, seed: int) -> Path:
+        """Path of a run's files, without their suffix."""
+        return self.folder / f"{variant.name.replace(' ', '_')}_{seed}"
+
     def run(self, variant: Variant, seed: int) -> dict[str, Any]:
         """Prunes and fine-tunes, or reads what an earlier run found."""
-        stem = self.folder / f"{variant.name.replace(' ', '_')}_{seed}"
+        stem = self.stem(variant, seed)
         record = stem.with_suffix(".json")
         settings = json.loads(json.dumps(self.tuning.record()))
         if record.exists():
@@ -259,20 +266,39 @@ def summary(rows: dict[int, dict[str, Any]]) -> dict[str, Json]:
 
 
 def best(results: dict[str, dict[str, Any]], library: str) -> str | None:
-    """The variant of a library with the highest mean accuracy."""
-    names = [name for name in results if name.startswith(library)]
+    """The variant of a library with the highest mean accuracy, of those that ran on every seed."""
+    seeds = max(len(row["accuracy"]) for row in results.values())
+    names = [name for name, row in results.items() if name.startswith(library) and len(row["accuracy"]) == seeds]
     return max(names, key=lambda name: float(results[name]["mean_accuracy"])) if names else None
 
 
-def measure(bench: Bench, chosen: list[Variant], seeds: list[int]) -> dict[str, dict[str, Any]]:
-    """Accuracy of every variant; a line is printed as each run ends."""
-    rows: dict[str, dict[int, dict[str, Any]]] = {}
-    for variant in chosen:
-        for seed in seeds:
-            row = rows.setdefault(variant.name, {})[seed] = bench.run(variant, seed)
+def measure(bench: Bench, chosen: list[Variant], seeds: list[int], finished: bool) -> dict[str, dict[str, Any]]:
+    """Accuracy of every variant on the first seed and of the finalists on all; a line is printed as each run ends.
+
+    With ``finished`` nothing is run: what earlier runs found is put together.
+    """
+    rows: dict[str, dict[int, dict[str, Any]]] = {variant.name: {} for variant in chosen}
+    if finished:
+        for variant in chosen:
+            rows[variant.name] = {
+                s: bench.run(variant, s) for s in seeds if bench.stem(variant, s).with_suffix(".json").exists()
+            }
+        return {name: summary(found) for name, found in rows.items() if found}
+    for turn, seed in enumerate(seeds):
+        for variant in (
+            chosen if turn == 0 else finalists(chosen, {n: r[seeds[0]]["accuracy"] for n, r in rows.items()})
+        ):
+            row = rows[variant.name][seed] = bench.run(variant, seed)
             text = f"{row['accuracy_before_tuning']:.2f} -> {row['accuracy']:.2f} %, MACs x {row['macs_ratio']:.3f}"
             print(f"{variant.name}, seed {seed}: {text}", flush=True)
     return {name: summary(found) for name, found in rows.items()}
+
+
+def finalists(chosen: list[Variant], accuracy: dict[str, float]) -> list[Variant]:
+    """The most accurate :data:`FINALISTS` of each library."""
+    order = sorted(chosen, key=lambda variant: -accuracy[variant.name])
+    libraries = dict.fromkeys(variant.library for variant in chosen)
+    return [v for library in libraries for v in [v for v in order if v.library == library][:FINALISTS]]
 
 
 def latency(bench: Bench, results: dict[str, dict[str, Any]], options: argparse.Namespace) -> dict[str, Json]:
@@ -301,18 +327,18 @@ def latency(bench: Bench, results: dict[str, dict[str, Any]], options: argparse.
 def show(results: dict[str, dict[str, Any]]) -> None:
     """Prints the table, the most accurate first."""
     order = sorted(results, key=lambda name: -float(results[name]["mean_accuracy"]))
+    seeds = sorted({seed for row in results.values() for seed in row["accuracy"]})
     lines = [
         [
             name,
-            *(f"{a:.2f}" for a in results[name]["accuracy"].values()),
+            *(f"{results[name]['accuracy'][s]:.2f}" if s in results[name]["accuracy"] else "" for s in seeds),
             f"{results[name]['mean_accuracy']:.2f}",
             f"{results[name]['mean_accuracy_before_tuning']:.2f}",
             f"{statistics.mean(results[name]['macs_ratio'].values()):.3f}",
         ]
         for name in order
     ]
-    seeds = [f"seed {s}" for s in results[order[0]]["accuracy"]]
-    print(harness.table(["variant", *seeds, "mean", "before tuning", "MACs"], lines))
+    print(harness.table(["variant", *(f"seed {s}" for s in seeds), "mean", "before tuning", "MACs"], lines))
 
 
 def prepare(options: argparse.Namespace) -> Bench:
@@ -334,10 +360,10 @@ def prepare(options: argparse.Namespace) -> Bench:
 def main() -> None:
     """Command line."""
     what = "ResNet-20 on CIFAR-10 at half the MACs."
-    options = harness.arguments(what, only="", cache="", seeds="0,1,2", latency=False)
+    options = harness.arguments(what, only="", cache="", seeds="0,1,2", latency=False, finished=False)
     torch.set_num_threads(options.threads)
     bench = prepare(options)
-    results = measure(bench, variants(options), [int(seed) for seed in options.seeds.split(",")])
+    results = measure(bench, variants(options), [int(seed) for seed in options.seeds.split(",")], options.finished)
     show(results)
     settings: dict[str, Any] = {
         "target_macs": TARGET,
@@ -345,6 +371,7 @@ def main() -> None:
         "test_images": len(bench.test.labels),
         "gradient_images": GRADIENT_IMAGES,
         "torch_pruning_steps": PEER_STEPS,
+        "finalists": FINALISTS,
         "dense_training": bench.dense.record(),
         "fine_tuning": bench.tuning.record(),
         "torch_pruning": harness._version("torch-pruning"),

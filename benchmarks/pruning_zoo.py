@@ -225,6 +225,7 @@ _TRANSFORMERS: Final[dict[str, tuple[str, str, dict[str, Any], str]]] = {
             "d_model": 256,
             "encoder_layers": 4,
             "encoder_attention_heads": 8,
+            "decoder_attention_heads": 8,
             "encoder_ffn_dim": 1024,
             "num_mel_bins": 80,
             "max_source_positions": 100,

@@ -31,9 +31,21 @@ if TYPE_CHECKING:
     from fxcompress.pipeline import Pipeline
     from fxcompress.prune.block_plan import BlockPlan, plan_block_removal
     from fxcompress.prune.blocks import Block, find_blocks
+    from fxcompress.prune.callback import PruningCallback, SparsityCallback
     from fxcompress.prune.certificate import Certificate
     from fxcompress.prune.importance import Importance
+    from fxcompress.prune.optimizer import move_optimizer
     from fxcompress.prune.plan import PruningPlan, plan_pruning
+    from fxcompress.prune.schedule import (
+        AGPSchedule,
+        CubicSchedule,
+        ExponentialSchedule,
+        IterativeSchedule,
+        LinearSchedule,
+        OneShotSchedule,
+        Schedule,
+        make_schedule,
+    )
     from fxcompress.prune.sensitivity import Sensitivity, analyze_sensitivity
     from fxcompress.prune.storage import load_pruned, save_pruned
     from fxcompress.quant.scheme import QuantScheme
@@ -43,10 +55,30 @@ if TYPE_CHECKING:
     from fxcompress.sparse.api import sparsify
     from fxcompress.sparse.masks import SparsityMasks
     from fxcompress.testing import check_pass
+    from fxcompress.train import History, fine_tune
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "train": (
+        "History",
+        "fine_tune",
+    ),
+    "prune.optimizer": ("move_optimizer",),
+    "prune.callback": (
+        "PruningCallback",
+        "SparsityCallback",
+    ),
+    "prune.schedule": (
+        "AGPSchedule",
+        "CubicSchedule",
+        "ExponentialSchedule",
+        "IterativeSchedule",
+        "LinearSchedule",
+        "OneShotSchedule",
+        "Schedule",
+        "make_schedule",
+    ),
     "api": ("compile", "default_passes", "load"),
     "capture": ("capture", "from_exported"),
     "engines": ("Engine", "Target", "target"),
@@ -85,23 +117,31 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "AGPSchedule",
     "Block",
     "BlockPlan",
     "Certificate",
     "Context",
+    "CubicSchedule",
     "EliminateCommonSubexpressions",
     "EliminateDeadCode",
     "Engine",
+    "ExponentialSchedule",
     "FoldBatchNorm",
     "FoldConstants",
     "FuseActivations",
     "FxcError",
+    "History",
     "Importance",
+    "IterativeSchedule",
+    "LinearSchedule",
     "Match",
+    "OneShotSchedule",
     "Pass",
     "Pipeline",
     "Program",
     "PruneChannels",
+    "PruningCallback",
     "PruningPlan",
     "QuantScheme",
     "QuantSpec",
@@ -112,8 +152,10 @@ __all__ = [
     "Report",
     "Result",
     "Rule",
+    "Schedule",
     "Sensitivity",
     "Sparsify",
+    "SparsityCallback",
     "SparsityMasks",
     "Target",
     "analyze_sensitivity",
@@ -125,9 +167,12 @@ __all__ = [
     "compile",
     "default_passes",
     "find_blocks",
+    "fine_tune",
     "from_exported",
     "load",
     "load_pruned",
+    "make_schedule",
+    "move_optimizer",
     "plan_block_removal",
     "plan_pruning",
     "save_pruned",

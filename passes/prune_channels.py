@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from fxcompress.errors import PruneError
@@ -10,6 +10,7 @@ from fxcompress.ir import Program
 from fxcompress.passbase import Context, Pass, Result
 from fxcompress.prune.importance import importance
 from fxcompress.prune.plan import plan_pruning
+from fxcompress.prune.request import checked
 
 __all__ = ["PruneChannels"]
 
@@ -19,7 +20,8 @@ class PruneChannels(Pass):
     """Remove channels, neurons and attention heads that matter least; the model becomes smaller and stays dense.
 
     The result is certified: it equals the dense program with exactly those channels zeroed, within 1e-4 (float32) and
-    1e-9 (float64), before any fine-tuning. The options are those of ``fxcompress.plan_pruning``.
+    1e-9 (float64), before any fine-tuning. The options are those of ``fxcompress.plan_pruning``. A program that has
+    been pruned with the same options already is left as it is.
 
     Attributes:
         ratio: Share of all channels to remove.
@@ -78,6 +80,9 @@ class PruneChannels(Pass):
     def run(self, program: Program, context: Context) -> Result:
         """Plan, cut, certify."""
         options: dict[str, Any] = {f: getattr(self, f) for f in self._options()}
+        request = checked({**options, "ratios": dict(self.ratios), "allow_outputs": False})
+        if any(entry.get("options") == request for entry in program.history):
+            return Result(program, notes=["nothing to prune: this very request was met before"])
         plan = plan_pruning(program, train=context.train, loss=context.loss, ratios=dict(self.ratios), **options)
         pruned = plan.apply(program)
         changes = [
@@ -92,4 +97,4 @@ class PruneChannels(Pass):
 
     def _options(self) -> list[str]:
         skipped = ("certify", "ratios")
-        return [name for name in self.__dataclass_fields__ if name not in skipped]
+        return [f.name for f in fields(self) if f.name not in skipped]

@@ -158,17 +158,19 @@ class Labels:
         self.pin_atoms(np.unique(b[(b >= 0) & (a < 0)]), reason)
 
     def _unite(self, a: Ints, b: Ints) -> None:
-        """Unite pairs of representatives; the pairs may repeat and chain."""
+        """Unite pairs of representatives; the pairs may repeat and chain. What is united with a pinned one is pinned."""
         if not len(a):
             return
         for x, y in ((a, b), (b, a)):
             if len(np.unique(x)) == len(x) and not np.isin(x, y).any():
                 self._parent[x] = y  # each x moves once and is nobody's new root: no chains
+                self._pinned[y[self._pinned[x]]] = True
                 return
         for x, y in zip(a.tolist(), b.tolist(), strict=True):
             rx, ry = self._root(x), self._root(y)
             if rx != ry:
                 self._parent[rx] = ry
+                self._pinned[ry] |= self._pinned[rx]
 
     def _root(self, atom: int) -> int:
         while (parent := int(self._parent[atom])) != atom:
