@@ -37,6 +37,7 @@ class Surgeon:
     def __post_init__(self) -> None:
         self._kept: dict[int, Bools] = {}
         self._made: dict[Any, Tensor] = {}
+        self.same_value: dict[Node, Node] = {}
         self._old = {n.name: v for n, v in self.found.flow.values.items()}
         self._originals = {n.name: n for n in self.found.program.graph.nodes}
 
@@ -74,6 +75,9 @@ class Surgeon:
         for node in self.program.graph.nodes:
             if self.touched(node.name):
                 node.meta = {**node.meta, "val": self._value(node.meta.get("val"), self.found.values[node.name])}
+
+        for node, source in self.same_value.items():
+            node.meta = dict(source.meta)
 
     def _rewrite(self, node: Node) -> None:
         if node.name in self.found.flow.shuffles:
@@ -295,6 +299,21 @@ def _attention(surgeon: Surgeon, node: Node, args: dict[str, Any]) -> None:
         surgeon.put(node, "scale", surgeon._old[query.name].sizes[-1] ** -0.5)
 
 
+def _mean(surgeon: Surgeon, node: Node, args: dict[str, Any]) -> None:
+    """A mean over channels that are zero where they go: the same sum, divided by the old number."""
+    rank = surgeon.source_rank(node)
+    given = args.get("dim")
+    dims = list(range(rank)) if given in (None, []) else [given] if isinstance(given, int) else list(given)
+    kept = [k for k in (surgeon.source_left(node, d) for d in dims) if k is not None]
+    if not kept or node.name in surgeon.found.statistics:
+        return
+    share = float(np.prod([k.mean() for k in kept]))
+    with surgeon.program.graph.inserting_after(node):
+        scaled = surgeon.program.graph.call_function(torch.ops.aten.mul.Tensor, (node, share))
+    surgeon.same_value[scaled] = node
+    node.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
+
+
 def _conv(surgeon: Surgeon, node: Node, args: dict[str, Any]) -> None:
     if args["groups"] == 1:
         return
@@ -322,6 +341,7 @@ _REWRITES: dict[str, Callable[[Surgeon, Node, dict[str, Any]], None]] = {
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "expand", "broadcast_to", "expand_copy"), _sizes),
     **dict.fromkeys(("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty"), _sizes),
     "unflatten": _unflatten,
+    "mean": _mean,
     **dict.fromkeys(("repeat", "tile"), _repeat),
     "repeat_interleave": _repeat_interleave,
     **dict.fromkeys(("slice", "narrow"), _slice),

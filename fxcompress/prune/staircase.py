@@ -79,7 +79,10 @@ class Staircase:
     def _read(self) -> dict[str, dict[str, float]]:
         if not self.file.exists():
             return {}
-        found: dict[str, dict[str, float]] = json.loads(self.file.read_text())
+        try:
+            found: dict[str, dict[str, float]] = json.loads(self.file.read_text())
+        except ValueError:  # cut off or not ours: measured anew and written over
+            return {}
         return found
 
     def _write(self, known: dict[str, Any]) -> None:

@@ -65,10 +65,19 @@ def _reduce_dim(flow: Flow, node: Node, name: str, columns: Columns) -> None:
         return
     if name in ("sum", "linalg_vector_norm", "norm"):
         flow.need_zero(columns, node, "removed channels would leave something in the sum")
+    elif name == "mean" and not _is_mean_square(node):
+        flow.need_zero(columns, node, "removed channels would leave something in the mean")  # it is scaled when they go
     elif name == "mean" and flow.width and all(is_zero(c) for c in columns):
         flow.statistics[node.name] = columns
     else:
         flow.pin(columns, node, f"its {name} runs over the channels")
+
+
+def _is_mean_square(node: Node) -> bool:
+    """A mean of squares: the statistics of an RMSNorm."""
+    source = node.args[0]
+    name = getattr(getattr(getattr(source, "target", None), "overloadpacket", None), "__name__", "")
+    return name in ("pow", "square") or (name == "mul" and len(set(source.args)) == 1)  # type: ignore[union-attr]
 
 
 @operator("softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "softmin")
