@@ -21,6 +21,8 @@ _PATIENCE = 12
 #: Splits of a pair that are tried at most; all 35 of M = 4.
 _SPLITS = 64
 _VALUES = 1 << 23
+#: A round that gains less than this share of all magnitude is idle; the search ends after `_PATIENCE` idle ones.
+_IDLE = 1e-4
 #: Gain in kept magnitude below which an order counts as no better.
 _GAIN = 1e-6
 
@@ -47,7 +49,7 @@ def find_permutation(magnitudes: Tensor, pattern: Pattern, seed: int = 0) -> Ten
     splits = _splits(pattern.m).to(columns.device)
     order = torch.arange(channels, device=columns.device).view(-1, pattern.m)
     generator = torch.Generator().manual_seed(seed)
-    threshold = _GAIN * float(columns.sum())
+    threshold = _IDLE * float(columns.sum())
     idle = 0
     for _ in range(_ROUNDS):
         gain = _round(columns, order, splits, pattern, generator)

@@ -322,7 +322,7 @@ CONV: dict[str, Case] = {
         ConvNextBlock, 16, "up", "stem.0", "depthwise", "norm", "down", "gamma", kwargs={"width": True}
     ),
     "global_response_norm": case(
-        lambda: Net(nn.Sequential(ConvNextBlock(True), unit(16, 12)), 12), images(), "body.1.0", keeps=("body.0.up",)
+        lambda: Net(nn.Sequential(ConvNextBlock(True), unit(16, 12)), 12), images(), "body.1.0", "body.0.up"
     ),
     "pad_shortcut": _net(PadShortcut, 24, "stem.0", "a.0", "b.0"),
     "cbam": _net(Cbam, 12, "mlp.0", "b.0"),

@@ -183,6 +183,26 @@ def test_a_constant_moves_into_the_bias_there_is() -> None:
     assert plan.certify(dense, pruned).float64 <= 1e-9
 
 
+def test_a_grouped_convolution_whose_weight_is_computed() -> None:
+    """Statistics of the weight run over its input channels: only whole groups of them may go."""
+
+    class Standardized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 12, 3, groups=2), nn.Conv2d(12, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight = self.b.weight / (1 + self.b.weight.std((1, 2, 3), keepdim=True))
+            x = nn.functional.conv2d(self.a(x).relu(), weight, self.b.bias, groups=2)
+            return self.head(x.relu())  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    dense = fxc.capture(Standardized().eval(), images())
+    plan = fxc.plan_pruning(dense, 0.5, scope="local")
+    assert set(plan.removed.get("a", ())) in ({*range(4)}, {*range(4, 8)}, set())
+    assert plan.removed and plan.certify(dense, per_group=True).float64 <= 1e-9
+
+
 # ------------------------------------------------------------------------------------------------ masked program
 def test_masking_leaves_the_dense_program_alone() -> None:
     dense = program("cnn")

@@ -352,7 +352,7 @@ def worlds(draw: st.DrawFn) -> World:
     return world
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(worlds(), st.data())
 def test_whatever_goes_all_that_is_left_is_rectangular(world: World, data: st.DataObject) -> None:
     """A view of the kept elements is the kept elements of the view; tied dimensions lose the same indices."""
@@ -363,7 +363,7 @@ def test_whatever_goes_all_that_is_left_is_rectangular(world: World, data: st.Da
         world.check(set(data.draw(st.lists(st.sampled_from(units), max_size=len(units)))))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=12))
 def test_unions_are_the_connected_components(pairs: list[tuple[int, int]]) -> None:
     labels = Labels()
