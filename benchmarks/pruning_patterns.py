@@ -113,7 +113,7 @@ def run(options: argparse.Namespace) -> dict[str, Json]:
 
     rows: dict[str, Row] = {}
     for name, case in PATTERNS.items():
-        if not fnmatch.fnmatch(name, options.only or "*") or (options.quick and not case.table):
+        if not fnmatch.fnmatch(name, options.only or "*") or ((options.quick or options.table) and not case.table):
             continue
         row: dict[str, Json] = {"in_table": case.table, "torch_pruning": theirs_best(name, options.limit)}
         if not options.peers_only:
@@ -139,7 +139,7 @@ def counts(rows: Mapping[str, Row]) -> dict[str, Json]:
 
 def main() -> None:
     """Command line."""
-    options = harness.arguments("Patterns that survive pruning.", only="", limit=LIMIT)
+    options = harness.arguments("Patterns that survive pruning.", only="", limit=LIMIT, table=False)
     results = run(options)
     print(results["counts"])
     settings: dict[str, Json] = {

@@ -67,7 +67,14 @@ def cost(found: Results) -> str:
     for name, row in found.items():
         if name != "growth":
             mine, theirs = row["fxcompress"], row["torch_pruning"]
-            lines.append([name, _seconds(mine), _seconds(theirs), f"{row['share_of_peer']:.3f}" if row.get("share_of_peer") else ""])
+            lines.append(
+                [
+                    name,
+                    _seconds(mine),
+                    _seconds(theirs),
+                    f"{row['share_of_peer']:.3f}" if row.get("share_of_peer") else "",
+                ]
+            )
     parts = [table(["network", "fxcompress s", "Torch-Pruning s", "share"], lines)]
     rows = [[tool, r["nodes"], _seconds(r)] for tool, g in found["growth"].items() for r in g["rows"]]
     parts.append(table(["chain", "nodes", "s"], rows))
