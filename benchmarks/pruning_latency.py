@@ -57,7 +57,7 @@ def measure(quick: bool) -> dict[str, Any]:
         target = fxc.target(name)
         engines: dict[str, Engine] = {"dense": target.build(lower(dense))}
         engines |= {label: target.build(lower(program)) for label, program in made.items()}
-        found = compare_latency(engines, args, kwargs, budget_s=6.0 if quick else 60.0, rounds=5 if quick else 15)
+        found = compare_latency(engines, args, kwargs, budget_s=6.0 if quick else 40.0, rounds=5 if quick else 15)
         for label in made:
             ratio = found.ratio("dense", label)
             rows[f"{name} {label}"] = {
