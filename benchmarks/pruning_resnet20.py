@@ -304,6 +304,8 @@ def finalists(chosen: list[Variant], accuracy: dict[str, float]) -> list[Variant
 def latency(bench: Bench, results: dict[str, dict[str, Any]], options: argparse.Namespace) -> dict[str, Json]:
     """Races dense and the best pruned network of each library in ONNX Runtime and OpenVINO, batch 1, seed 0."""
     picked = [name for name in ("dense", best(results, "torch-pruning"), best(results, "fxcompress")) if name]
+    model = bench.dense_network(0)
+    to_onnx(Network(model, model), bench.folder / "dense_0.onnx")
     contestants = [
         Contestant(f"{name}, {runtime}", runtime, str(bench.folder / f"{name.replace(' ', '_')}_0.onnx"))
         for name in picked
