@@ -84,16 +84,13 @@ def cost(found: Results) -> str:
 
 
 def _seconds(row: Results) -> str:
-    for key in ("seconds", "total_s", "wall_s"):
-        if isinstance(row.get(key), (int, float)):
-            return f"{row[key]:.2f}"
-    return str(row.get("status", ""))
+    return f"stopped after {row['seconds']:.0f}" if row.get("status") == "timeout" else f"{row['seconds']:.2f}"
 
 
 def resnet20(found: Results) -> str:
     """Accuracy of every variant, the most accurate first; latency of the two best."""
     rows = found["variants"]
-    seeds = list(next(iter(rows.values()))["accuracy"])
+    seeds = sorted({s for row in rows.values() for s in row["accuracy"]})
     order = sorted(rows, key=lambda n: -float(rows[n]["mean_accuracy"]))
     lines = [
         [
