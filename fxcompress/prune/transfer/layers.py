@@ -153,9 +153,12 @@ def _apply_conv(
     flow.tag(shared, "group")
     flat, rows = (weight.dims[0], weight.dims[1]) if transposed else (weight.dims[1], weight.dims[0])
     own = _conv_channels(flow, node, groups, shared, inside, flat, rows, transposed=transposed, moves=moves)
-    flow.cost(node, [own, inside])
-    positions = spatial(flow, node, x, 2, sizes)
-    return _finish(flow, node, sizes, 1, own, {0: positions.dims[0]}, bias)
+    if set(weight.sizes[2:]) == {1} and sizes[2:] == x.sizes[2:]:  # every position by itself: it may carry channels
+        rest = {d: x.dims[d] for d in range(len(sizes)) if d != 1}
+    else:
+        rest = {0: spatial(flow, node, x, 2, sizes).dims[0]}
+    flow.cost(node, [own, inside, *(columns for d, columns in rest.items() if d > 1)])
+    return _finish(flow, node, sizes, 1, own, rest, bias)
 
 
 def _conv_channels(
