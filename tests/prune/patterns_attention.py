@@ -190,7 +190,8 @@ class Latent(nn.Module):
         super().__init__()
         self.q_down, self.q_up = nn.Linear(WIDTH, 12, bias=False), nn.Linear(12, HEADS * 6, bias=False)
         self.kv_down, self.kv_up = nn.Linear(WIDTH, 8 + 2, bias=False), nn.Linear(8, HEADS * (4 + 5), bias=False)
-        self.q_norm, self.kv_norm = (RMSNorm(12), RMSNorm(8)) if norm else (nn.Identity(), nn.Identity())
+        self.q_norm: nn.Module = RMSNorm(12) if norm else nn.Identity()
+        self.kv_norm: nn.Module = RMSNorm(8) if norm else nn.Identity()
         self.out = nn.Linear(HEADS * 5, WIDTH, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:

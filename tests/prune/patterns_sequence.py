@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -17,7 +18,7 @@ __all__ = ["SEQUENCE"]
 class Recurrent(nn.Module):
     """Linear, a recurrent layer, another linear layer, ``head``; or the last hidden state instead of the outputs."""
 
-    def __init__(self, layer: type[nn.RNNBase], last: bool = False, **options: Any) -> None:
+    def __init__(self, layer: Callable[..., nn.RNNBase], last: bool = False, **options: Any) -> None:
         super().__init__()
         self.a = nn.Linear(16, 12)
         self.rnn, self.last = layer(12, 10, batch_first=True, **options), last
