@@ -2,12 +2,131 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-__all__ = ["fake_quantize"]
+__all__ = ["KERNEL_MODULES", "KernelOp", "fake_quantize", "kernel_op", "kernel_ops", "register"]
+
+_NAMESPACE = "fxcompress"
+_LIBRARY = torch.library.Library(_NAMESPACE, "FRAGMENT")
+_KERNELS: dict[str, KernelOp] = {}
+
+#: Modules that register kernels; `kernel_ops` imports them all.
+KERNEL_MODULES: tuple[str, ...] = (
+    "fxcompress.kernels.w4a16",
+    "fxcompress.kernels.w8a16",
+    "fxcompress.kernels.w8a8",
+    "fxcompress.kernels.w4a8",
+    "fxcompress.kernels.sp24",
+    "fxcompress.kernels.sp24_w8a8",
+    "fxcompress.kernels.sp24_w4",
+    "fxcompress.kernels.quantize",
+    "fxcompress.kernels.conv2d_w8a8",
+    "fxcompress.kernels.paged_attention",
+)
+
+
+@dataclass(frozen=True)
+class KernelOp:
+    """One operator with its implementations.
+
+    Attributes:
+        name: ``w4a16_linear`` becomes ``torch.ops.fxcompress.w4a16_linear``.
+        reference: Plain PyTorch; its annotations are the schema. It is the oracle and what runs on a processor.
+        fake: Shapes and dtypes only, same arguments.
+        launcher: ``module:function`` that runs the kernel on a CUDA device, same arguments; imported at the first call.
+        autocast: Arguments that ``torch.autocast`` casts; the others keep their dtypes.
+        samples: Small argument tuples (odd sizes, non-contiguous, empty) on a device, for `testing.check_kernel`.
+        tolerance: Relative error ``|a - b| / |b|`` against float64 that the output may have, by its dtype.
+    """
+
+    name: str
+    reference: Callable[..., Any]
+    fake: Callable[..., Any]
+    launcher: str
+    autocast: tuple[str, ...] = ()
+    samples: Callable[[str], Iterable[tuple[Any, ...]]] = lambda device: ()
+    tolerance: Mapping[torch.dtype, float] = field(
+        default_factory=lambda: {torch.float16: 5e-4, torch.bfloat16: 4e-3, torch.float32: 1e-5}
+    )
+
+    @property
+    def overload(self) -> Any:
+        """``torch.ops.fxcompress.<name>.default``."""
+        return getattr(torch.ops.fxcompress, self.name).default
+
+    def launch(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the kernel; the reference, with one warning, where Triton is not installed."""
+        launcher = _launcher(self.launcher)
+        if launcher is None:
+            return self.reference(*args, **kwargs)
+        return launcher(*args, **kwargs)
+
+
+@cache
+def _launcher(path: str) -> Callable[..., Any] | None:
+    """The function ``module:function``; None, with a warning, without Triton."""
+    if importlib.util.find_spec("triton") is None:
+        warnings.warn(
+            "Triton is not installed: fxcompress operators run their slow references on this device; pip install triton",
+            stacklevel=3,
+        )
+        return None
+    module, _, name = path.partition(":")
+    return cast("Callable[..., Any]", getattr(importlib.import_module(module), name))
+
+
+def register(op: KernelOp) -> Any:
+    """Make ``op`` callable as ``torch.ops.fxcompress.<name>`` on every device; returns the custom operator.
+
+    The operator takes no gradients. Under ``torch.autocast`` the arguments named in ``op.autocast`` are cast.
+    """
+    made = torch.library.custom_op(f"{_NAMESPACE}::{op.name}", op.reference, mutates_args=())
+    made.register_fake(op.fake)
+    made.register_kernel("cuda")(op.launch)
+    if op.autocast:
+        for device, key in (("cuda", "AutocastCUDA"), ("cpu", "AutocastCPU")):
+            _LIBRARY.impl(op.name, _autocast(op, device, key), key)
+    _KERNELS[op.name] = op
+    return made
+
+
+def _autocast(op: KernelOp, device: str, key: str) -> Callable[..., Any]:
+    names = list(inspect.signature(op.reference).parameters)
+    excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def cast_one(name: str, value: Any) -> Any:
+        castable = name in op.autocast and isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(torch.get_autocast_dtype(device)) if castable else value
+
+    def rule(*args: Any, **kwargs: Any) -> Any:
+        given = [cast_one(n, v) for n, v in zip(names, args, strict=False)]
+        named = {n: cast_one(n, v) for n, v in kwargs.items()}
+        with torch._C._ExcludeDispatchKeyGuard(excluded):
+            return op.overload(*given, **named)
+
+    return rule
+
+
+def kernel_ops() -> dict[str, KernelOp]:
+    """Every kernel of this library by name."""
+    for module in KERNEL_MODULES:
+        importlib.import_module(module)
+    return dict(_KERNELS)
+
+
+def kernel_op(name: str) -> KernelOp:
+    """The kernel of that name."""
+    return kernel_ops()[name]
 
 
 def _broadcast(values: Tensor, x: Tensor, axis: int) -> Tensor:
