@@ -2,6 +2,7 @@
 #   make demo    train a small network, compress it for both engines, print the before/after table
 #   make test    lint, types, wheel and the whole test suite
 #   make bench   the measurements behind the README's claims, beside the peers (BENCH_FLAGS=--quick for a short run)
+#   make kernels-lint   compile the GPU kernels for three chips, no GPU needed; the tables of docs/kernels.md (LINT_FLAGS=--triton 3.6 ...)
 #   make clean   remove what the above made
 # PIP_FLAGS goes to pip install: point it at an index with CPU-only builds of torch to save gigabytes without a GPU.
 
@@ -10,13 +11,14 @@ VENV ?= .venv
 PIP_FLAGS ?=
 PYTEST_FLAGS ?= -n auto --dist worksteal
 BENCH_FLAGS ?=
+LINT_FLAGS ?=
 DEMO_OUT ?= demo_out
 
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
 INPUTS := pyproject.toml setup.py constraints.txt
 
-.PHONY: help demo test lint types wheel bench clean
+.PHONY: help demo test lint types wheel bench kernels-lint clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -49,6 +51,12 @@ bench: $(VENV)/.installed-bench
 	@set -e; scripts=$$(grep -lE '= (harness[.])?arguments[(]' benchmarks/*.py); for script in $$scripts; do \
 		name=$$(basename $$script .py); echo "== $$name"; $(BIN)/python -m benchmarks.$$name $(BENCH_FLAGS); \
 	done
+
+# What a kernel is compiled to, what that should make of an A100 and an H200, and the pages that say so.
+kernels-lint: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.kernel_lint $(LINT_FLAGS)
+	$(BIN)/python -m benchmarks.kernel_model
+	$(BIN)/python -m benchmarks.tables
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info $(DEMO_OUT) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,8 +1,8 @@
-"""Writes the tables of ``docs/benchmarks.md`` from the result files: no figure there is typed by hand.
+"""Writes the tables of ``docs/benchmarks.md`` and ``docs/kernels.md`` from the result files: no figure is typed by hand.
 
     python -m benchmarks.tables
 
-The text of the page is its own; only what stands between ``<!-- table NAME -->`` and ``<!-- end -->`` is replaced.
+The text of the pages is their own; only what stands between ``<!-- table NAME -->`` and ``<!-- end -->`` is replaced.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks import pruning_tables
+from benchmarks import kernel_tables, pruning_tables
 from benchmarks.harness import RESULTS, table
 
 PAGE: Final = Path(__file__).parent.parent / "docs" / "benchmarks.md"
@@ -201,15 +201,18 @@ def filled(page: str) -> str:
 
     def block(match: re.Match[str]) -> str:
         name = match.group(1)
+        if name in kernel_tables.TABLES:
+            return f"<!-- table {name} -->\n{kernel_tables.TABLES[name]()}<!-- end -->"
         return f"<!-- table {name} -->\n{TABLES[name](name)}\n{environment(name)}<!-- end -->"
 
     return _BLOCK.sub(block, page)
 
 
 def main() -> None:
-    """Rewrites the page."""
-    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-    print(PAGE)
+    """Rewrites the pages."""
+    for page in (PAGE, kernel_tables.PAGE):
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
+        print(page)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from fxcompress.engines import Engine, Target, target
     from fxcompress.errors import FxcError
     from fxcompress.ir import Program
+    from fxcompress.kernel_testing import check_kernel
+    from fxcompress.ops import KernelOp
     from fxcompress.parity import check_parity, compare
     from fxcompress.passbase import Context, Pass, Refusal, Result
     from fxcompress.passes import (
@@ -23,7 +25,9 @@ if TYPE_CHECKING:
         FoldConstants,
         FuseActivations,
         PruneChannels,
+        QuantizeDynamic,
         QuantizeStatic,
+        QuantizeWeights,
         RemoveBlocks,
         RemoveIdentity,
         Sparsify,
@@ -84,6 +88,8 @@ _HOMES = {
     "engines": ("Engine", "Target", "target"),
     "errors": ("FxcError",),
     "ir": ("Program",),
+    "kernel_testing": ("check_kernel",),
+    "ops": ("KernelOp",),
     "parity": ("check_parity", "compare"),
     "passbase": ("Context", "Pass", "Refusal", "Result"),
     "passes": (
@@ -93,7 +99,9 @@ _HOMES = {
         "FoldConstants",
         "FuseActivations",
         "PruneChannels",
+        "QuantizeDynamic",
         "QuantizeStatic",
+        "QuantizeWeights",
         "RemoveBlocks",
         "RemoveIdentity",
         "Sparsify",
@@ -134,6 +142,7 @@ __all__ = [
     "History",
     "Importance",
     "IterativeSchedule",
+    "KernelOp",
     "LinearSchedule",
     "Match",
     "OneShotSchedule",
@@ -145,7 +154,9 @@ __all__ = [
     "PruningPlan",
     "QuantScheme",
     "QuantSpec",
+    "QuantizeDynamic",
     "QuantizeStatic",
+    "QuantizeWeights",
     "Refusal",
     "RemoveBlocks",
     "RemoveIdentity",
@@ -161,6 +172,7 @@ __all__ = [
     "analyze_sensitivity",
     "apply_rules",
     "capture",
+    "check_kernel",
     "check_parity",
     "check_pass",
     "compare",

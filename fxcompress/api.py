@@ -69,6 +69,7 @@ def compile(
     max_drop: float | None = None,
     dynamic_shapes: Any = None,
     threads: int | None = None,
+    engine_options: Mapping[str, Any] | None = None,
     measure: bool = True,
     speed_gate: bool | None = None,
     strict: bool = False,
@@ -84,7 +85,7 @@ def compile(
         example_inputs: Positional inputs as a tuple, one tensor, or a dict of keyword inputs. Optional when
             ``calibration`` can supply a batch.
         passes: What to do, in order. Omitted: fusion, and static INT8 quantization when there is calibration data.
-        target: ``"onnxruntime"``, ``"openvino"`` or ``"torch"``. Omitted: the fastest of the installed runtimes.
+        target: ``"onnxruntime"``, ``"openvino"``, ``"triton"`` or ``"torch"``. Omitted: the fastest of the installed runtimes.
         calibration: Iterable of batches: tensors, tuples (a label behind the inputs is ignored) or dicts.
         train: Iterable of batches with labels, for pruning by gradients.
         loss: ``loss(output, batch) -> scalar`` for ``train``; by default cross-entropy against an integer label.
@@ -92,6 +93,8 @@ def compile(
         max_drop: Largest allowed ``evaluate(model) - evaluate(engine)``.
         dynamic_shapes: As in ``torch.export.export``; by default the batch is dynamic.
         threads: Threads of the engine; by default the physical cores.
+        engine_options: Options of the target's ``build``, e.g. ``{"torch_compile": True}`` for ``triton``. Needs
+            ``target``.
         measure: Measure latency before and after (processes of their own, a few seconds).
         speed_gate: Leave layers, or the whole model, in float32 where INT8 is not faster on this machine. By default on
             when ``passes`` are omitted, and off when they are given. Needs ``measure``.
@@ -112,12 +115,14 @@ def compile(
     """
     if max_drop is not None and evaluate is None:
         raise UsageError(30, "max_drop needs evaluate", fix="pass evaluate=function_of_a_model")
+    if engine_options and target is None:
+        raise UsageError(31, "engine_options need a target", fix="pass target=...")
     data = None if calibration is None else CalibrationData(calibration)
     targets = available_targets() if target is None else [find_target(target)]
     for chosen in targets:
         chosen.require()
     needs = Context(calibration=data, train=train, loss=loss)
-    job = _Job(model, passes, needs, threads=threads, dump=dump, observer=observer)
+    job = _Job(model, passes, needs, threads, dump, observer, dict(engine_options or {}))
     job.capture(example_inputs, dynamic_shapes)
     candidates = [c for t in targets for c in job.candidates(t)]
     gate = passes is None if speed_gate is None else speed_gate
@@ -150,6 +155,7 @@ class _Job:
     threads: int | None
     dump: str | None
     observer: Callable[[StepRecord], None] | None
+    options: dict[str, Any] = field(default_factory=dict)
     captured: Program | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     accuracy: dict[str, Any] = field(default_factory=dict)
@@ -191,18 +197,21 @@ class _Job:
         scheme = target.scheme()
         steps = self.passes if self.passes is not None else default_passes(quantize=self.data is not None)
         cut = next((i for i, p in enumerate(steps) if not p.exact), len(steps))
-        first = next((i for i, p in enumerate(steps) if isinstance(p, QuantizeStatic)), len(steps))
+        first = next((i for i, p in enumerate(steps) if p.precision), len(steps))
         context = replace(self.needs, scheme=scheme)
         with self.timed("passes"):
             plain, records = self._run(steps[:cut], self.captured, context, target, 0)
-        result = [Candidate(target, "float32", plain, plain, records, is_baseline=True)]
+        result = [Candidate(target, "float32", plain, plain, records, is_baseline=True, options=self.options)]
         if cut < len(steps):
-            precision, variant = ("int8", "") if first < len(steps) else ("float32", "compressed")
+            precision, variant = (steps[first].precision, "") if first < len(steps) else ("float32", "compressed")
             with self.timed("compression"):
                 reference, more = self._run(steps[cut:first], plain, context, target, cut)
                 records = records + more
                 program, more = self._run(steps[first:], reference, context, target, max(cut, first))
-            result.append(Candidate(target, precision, program, reference, records + more, variant=variant))
+            steps_done = records + more
+            result.append(
+                Candidate(target, precision, program, reference, steps_done, variant=variant, options=self.options)
+            )
         with self.timed("build"):
             for candidate in result:
                 candidate.build(self.threads)
@@ -223,19 +232,17 @@ class _Job:
         assert self.captured is not None
         args, kwargs = self.captured.example
         with self.timed("speed"):
-            simulated = candidates[-1].target.name == "torch"
+            unmeasured = candidates[-1].target.unmeasured()
             choice = choose(
                 candidates,
                 args,
                 kwargs,
-                measure=measure and not simulated,
+                measure=measure and unmeasured is None,
                 gate=gate,
                 threads=self.threads,
             )
-            if simulated and candidates[-1].precision != "float32":
-                self.decisions.append(
-                    "the torch target simulates INT8 in float32: no speed is gained until it is lowered"
-                )
+            if unmeasured is not None and candidates[-1].precision != "float32":
+                self.decisions.append(unmeasured)
         self.chosen, self.baseline = choice.chosen, choice.baseline
         self.decisions += choice.decisions
         self.latency, self.speedup = choice.latency, choice.speedup

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fxcompress.engines import Engine
@@ -141,12 +142,14 @@ def measure(engine: Engine, inputs: list[Tensor], *, seconds: float = 1.0, runs:
     end, count = time.perf_counter() + _WARM_UP_SECONDS, 0
     while count < 4 or time.perf_counter() < end:  # the fourth call of a new shape may still compile
         engine.run(inputs)
+        engine.synchronize()
         count += 1
     times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < runs or time.perf_counter() < end:
         begin = time.perf_counter()
         engine.run(inputs)
+        engine.synchronize()
         times.append((time.perf_counter() - begin) * 1e3)
     return Latency.of(times, engine.threads, batch_of(inputs))
 
@@ -221,17 +224,26 @@ class _Worker:
         return cast(dict[str, Any], json.loads(line))
 
 
+def _array(x: Tensor, *, widen: bool) -> Any:
+    """A tensor as numpy has it: 16-bit floats as float32, which engine files read, or bfloat16 by its bits."""
+    plain = x.detach().cpu().contiguous()
+    if widen and plain.dtype in (torch.float16, torch.bfloat16):
+        return plain.float().numpy()
+    return plain.view(torch.int16).numpy() if plain.dtype == torch.bfloat16 else plain.numpy()
+
+
 @contextlib.contextmanager
 def _worker(name: str, engine: Engine, inputs: list[Tensor], folder: Path, number: int) -> Iterator[_Worker]:
-    arrays = folder / f"{number}.npz"
-    np.savez(arrays, *(x.detach().contiguous().numpy() for x in inputs))
-    job = json.dumps({**engine.worker_job(inputs), "inputs": str(arrays), "threads": engine.threads})
+    arrays, job = folder / f"{number}.npz", engine.worker_job(inputs)
+    dtypes = [str(x.dtype).removeprefix("torch.") for x in inputs]
+    np.savez(arrays, *(_array(x, widen=job["runtime"] != "folder") for x in inputs))
+    line = json.dumps({**job, "inputs": str(arrays), "dtypes": dtypes, "threads": engine.threads})
     # Run as a file, not as a module: importing the package, and torch with it, would take seconds.
     script = Path(__file__).with_name("bench_worker.py")
     variables = {**os.environ, "OMP_NUM_THREADS": str(engine.threads)}
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
-            [sys.executable, "-P", str(script), job],
+            [sys.executable, "-P", str(script), line],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,

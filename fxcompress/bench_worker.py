@@ -1,8 +1,9 @@
 """One engine in a process of its own: times it when asked. Run by ``fxcompress.bench`` as a file.
 
 Its only argument is a JSON object: ``runtime``, ``model`` (file, or folder for the runtime ``folder``), ``inputs`` (.npz,
-in the engine's order), ``names`` of the inputs, ``threads``. Each line on its input is ``{"seconds": s, "runs": n}``;
-each line on its output has the times of at least ``n`` runs in at least ``s`` seconds. Imports only what the runtime needs.
+in the engine's order) and their ``dtypes``, ``names`` of the inputs, ``threads``. Each line on its input is
+``{"seconds": s, "runs": n}``; each line on its output has the times of at least ``n`` runs in at least ``s`` seconds.
+Imports only what the runtime needs.
 """
 
 from __future__ import annotations
@@ -53,8 +54,15 @@ def folder_run(job: Job, arrays: list[Any]) -> Run:
     from fxcompress.artifact import load
 
     engine = load(job["model"], threads=job["threads"])
-    inputs = [torch.from_numpy(x) for x in arrays]
-    return lambda: engine.run(inputs)
+    tensors = [torch.from_numpy(x) for x in arrays]
+    bits = [kind == "bfloat16" for kind in job["dtypes"]]  # numpy has no bfloat16: its bits were stored as integers
+    inputs = [x.view(torch.bfloat16) if b else x for x, b in zip(tensors, bits, strict=True)]
+
+    def run() -> None:
+        engine.run(inputs)
+        engine.synchronize()
+
+    return run
 
 
 RUNTIMES: dict[str, Callable[[Job, list[Any]], Run]] = {

@@ -45,7 +45,10 @@ class KernelOp:
         fake: Shapes and dtypes only, same arguments.
         launcher: ``module:function`` that runs the kernel on a CUDA device, same arguments; imported at the first call.
         autocast: Arguments that ``torch.autocast`` casts; the others keep their dtypes.
+        mutates: Arguments that it writes into.
+        dtypes: Of the first argument, that the kernel takes; with others the reference runs on every device. Empty: all.
         samples: Small argument tuples (odd sizes, non-contiguous, empty) on a device, for `testing.check_kernel`.
+        rounds: Rounding to the inputs' dtypes is part of what it computes, so that float64 would be something else.
         tolerance: Relative error ``|a - b| / |b|`` against float64 that the output may have, by its dtype.
     """
 
@@ -54,7 +57,10 @@ class KernelOp:
     fake: Callable[..., Any]
     launcher: str
     autocast: tuple[str, ...] = ()
+    mutates: tuple[str, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = ()
     samples: Callable[[str], Iterable[tuple[Any, ...]]] = lambda device: ()
+    rounds: bool = False
     tolerance: Mapping[torch.dtype, float] = field(
         default_factory=lambda: {torch.float16: 5e-4, torch.bfloat16: 4e-3, torch.float32: 1e-5}
     )
@@ -65,8 +71,10 @@ class KernelOp:
         return getattr(torch.ops.fxcompress, self.name).default
 
     def launch(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the kernel; the reference, with one warning, where Triton is not installed."""
-        launcher = _launcher(self.launcher)
+        """Run the kernel; the reference for other dtypes, and, with one warning, where Triton is not installed."""
+        first = args[0] if args else next(iter(kwargs.values()))
+        known = not self.dtypes or first.dtype in self.dtypes
+        launcher = _launcher(self.launcher) if known else None
         if launcher is None:
             return self.reference(*args, **kwargs)
         return launcher(*args, **kwargs)
@@ -90,7 +98,7 @@ def register(op: KernelOp) -> Any:
 
     The operator takes no gradients. Under ``torch.autocast`` the arguments named in ``op.autocast`` are cast.
     """
-    made = torch.library.custom_op(f"{_NAMESPACE}::{op.name}", op.reference, mutates_args=())
+    made = torch.library.custom_op(f"{_NAMESPACE}::{op.name}", op.reference, mutates_args=op.mutates)
     made.register_fake(op.fake)
     made.register_kernel("cuda")(op.launch)
     if op.autocast:
@@ -129,6 +137,11 @@ def kernel_op(name: str) -> KernelOp:
     return kernel_ops()[name]
 
 
+def _wide(x: Tensor) -> Tensor:
+    """``x`` in a dtype in which 8-bit grids can be laid on it: 16-bit floats have too few digits."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 def _broadcast(values: Tensor, x: Tensor, axis: int) -> Tensor:
     """Per-channel ``values`` [C] in the dtype of ``x``, shaped to broadcast along ``axis``."""
     typed = values if values.dtype == x.dtype else values.to(x.dtype)
@@ -141,8 +154,9 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, qmin:
 
     ``(clamp(round(x / scale) + zero_point, qmin, qmax) - zero_point) * scale``
 
-    Rounding is half to even, as in ONNX ``QuantizeLinear``. The gradient is the straight-through estimator: 1 inside
-    the representable range, 0 outside (Bengio et al. 2013; Jacob et al. 2018).
+    Rounding is half to even, as in ONNX ``QuantizeLinear``; 16-bit floats are computed with in float32. The gradient
+    is the straight-through estimator: 1 inside the representable range, 0 outside (Bengio et al. 2013; Jacob et al.
+    2018).
 
     Args:
         x: Float tensor of any shape.
@@ -155,9 +169,10 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, qmin:
     Returns:
         A tensor like ``x`` on the grid.
     """
-    s, z = _broadcast(scale, x, axis), _broadcast(zero_point, x, axis)
-    q = torch.div(x, s).round_().add_(z).clamp_(qmin, qmax)
-    return q.sub_(z).mul_(s)
+    wide = _wide(x)
+    s, z = _broadcast(scale, wide, axis), _broadcast(zero_point, wide, axis)
+    q = torch.div(wide, s).round_().add_(z).clamp_(qmin, qmax)
+    return q.sub_(z).mul_(s).to(x.dtype)
 
 
 @fake_quantize.register_fake
@@ -167,6 +182,7 @@ def _(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, qmin: int, qmax: 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, scale, zero_point, axis, qmin, qmax = inputs
+    x = _wide(x)
     s, z = _broadcast(scale, x, axis), _broadcast(zero_point, x, axis)
     q = torch.round(x / s) + z
     ctx.save_for_backward((q >= qmin) & (q <= qmax))

@@ -16,20 +16,21 @@ from fxcompress.engines import Engine
 from fxcompress.errors import ParityError, UsageError
 from fxcompress.ir import Program, evaluating, source_line
 from fxcompress.lowering.builder import tap_names
-from fxcompress.quant.fake_quantize import FakeQuantize
+from fxcompress.quant.fake_quantize import QUANTIZERS
 
 __all__ = ["Comparison", "Parity", "Row", "check_parity", "compare", "first_difference"]
 
 #: Float graphs: kernels differ in the order of float32 sums, which costs 1e-7 to 1e-5 in relative L2 on real networks
 #: (1e-4 in very deep ones); a wrong weight, axis or constant costs 1e-2 and more.
 FLOAT_TOLERANCE = 1e-3
-#: Quantized graphs: sums that differ in the last bit land on the other side of a rounding tie (measured: 1 to 5 values in
-#: 10,000 of a layer), and the flipped steps spread through the layers behind. Small or below half the quantization error
-#: is fine as it is.
+#: Where the graph rounds every value to 16 bits and an engine perhaps none: some ten roundings add up.
+HALF_TOLERANCES = {torch.float16: 5e-3, torch.bfloat16: 0.04}
+#: Quantized graphs: sums that differ in the last bit land on the other side of a rounding tie (1 to 5 values in 10,000 of
+#: a layer), and the flipped steps spread through the layers behind. Small or below half the quantization error is fine.
 QUANTIZED_TOLERANCE = 0.02
 QUANTIZED_SHARE = 0.5
-#: Above that, up to this share, a network may amplify flips as it amplifies the quantization error itself (two
-#: independent roundings of the same network are sqrt(2) times their own error apart); then every layer alone must agree.
+#: Up to this share a network may amplify flips as it amplifies the quantization error itself (two independent roundings of
+#: one network are sqrt(2) times their own error apart); then every layer alone must agree.
 QUANTIZED_LIMIT = 1.5
 #: One layer alone, fed with the engine's own inputs: nothing accumulates, only ties flip (measured: below 1e-3).
 LAYER_TOLERANCE = 0.01
@@ -222,9 +223,9 @@ def check_parity(
         program: The simulation.
         samples: Batches: a tensor, a tuple of positional inputs, a dict of keyword inputs, or ``(args, kwargs)``.
         reference: The float32 program; its distance to the simulation is the yardstick for a quantized one.
-        tolerance: Largest relative L2 difference of any output. Default: 1e-3 for float graphs; for quantized ones 0.02,
-            or half the quantization error where that is more, or 1.5 times the quantization error when every single
-            layer, fed with the engine's own inputs, agrees with the simulation.
+        tolerance: Largest relative L2 difference of any output. Default: 1e-3 for float32 graphs, 5e-3 for float16, 0.04
+            for bfloat16, for quantized ones 0.02 or half the quantization error; except in float32 also 1.5 times the
+            error of rounding when every single layer, fed with the engine's own inputs, agrees with the simulation.
 
     Raises:
         ParityError: beyond tolerance; names the first layer whose result differs when fed the engine's own inputs.
@@ -242,13 +243,13 @@ def check_parity(
     if not count:
         raise UsageError(74, "there is no sample to compare engine and graph on", fix="give at least one batch")
     error, noise = sums.error(), sums.noise() if reference is not None else None
-    quantized = any(isinstance(m, FakeQuantize) for m in program.gm.modules())
-    allowed = tolerance if tolerance is not None else _tolerance(quantized, noise)
+    quantized, plain = any(isinstance(m, QUANTIZERS) for m in program.gm.modules()), _plain_tolerance(program)
+    allowed = tolerance if tolerance is not None else _tolerance(plain, quantized, noise)
     if error <= allowed:
         return Parity(error, allowed, noise, count)
     args, kwargs = as_call(worst[1])
     found = first_difference(engine, program, *args, **kwargs)
-    limit = QUANTIZED_LIMIT * (noise or 0.0) if quantized and tolerance is None else 0.0
+    limit = QUANTIZED_LIMIT * (noise or 0.0) if tolerance is None and (quantized or plain > FLOAT_TOLERANCE) else 0.0
     if found is None and error <= limit:
         return Parity(error, limit, noise, count, layer_by_layer=True)
     raise _parted(engine, found, error, max(allowed, limit if found is None else 0.0))
@@ -263,8 +264,13 @@ def as_call(sample: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return tuple(sample) if isinstance(sample, (tuple, list)) else (sample,), {}
 
 
-def _tolerance(quantized: bool, noise: float | None) -> float:
-    return max(QUANTIZED_TOLERANCE, QUANTIZED_SHARE * (noise or 0.0)) if quantized else FLOAT_TOLERANCE
+def _plain_tolerance(program: Program) -> float:
+    dtypes = {v.dtype for n in program.graph.nodes if isinstance(v := n.meta.get("val"), Tensor)}
+    return max([FLOAT_TOLERANCE, *(HALF_TOLERANCES[d] for d in dtypes if d in HALF_TOLERANCES)])
+
+
+def _tolerance(plain: float, quantized: bool, noise: float | None) -> float:
+    return max(plain, QUANTIZED_TOLERANCE, QUANTIZED_SHARE * (noise or 0.0)) if quantized else plain
 
 
 class _Sums:
@@ -351,8 +357,8 @@ def first_difference(
 class _Checker(_Recorder):
     def __init__(self, engine: Engine, program: Program, tolerance: float, args: Any, kwargs: Any) -> None:
         super().__init__(program)
-        quantized = {self.names[n] for n, m in program.layers() if isinstance(m, FakeQuantize)}
-        points = [t for t in engine.tap_names() if not quantized or t in quantized]
+        quantized = {self.names[n] for n, m in program.layers() if isinstance(m, QUANTIZERS)}
+        points = [t for t in engine.tap_names() if t in quantized] or engine.tap_names()
         self.own = engine.taps(points, *args, **kwargs)
         engine.release(taps_only=True)
         self.tolerance = tolerance
@@ -365,7 +371,7 @@ class _Checker(_Recorder):
         error = Row.of("", "", engine_value, value).rel_l2
         if self.first is None and not error <= self.tolerance:
             self.first = Difference(self.names[node], tuple(self._layers(node)), error, source_line(node))
-        return engine_value if engine_value.shape == value.shape else value
+        return engine_value.to(value.dtype) if engine_value.shape == value.shape else value
 
     def _layers(self, node: Node) -> list[str]:
         """Layers between this point and the tapped points before it, in execution order."""
@@ -373,7 +379,7 @@ class _Checker(_Recorder):
         queue, met = [node], {node}
         while queue:
             current = queue.pop()
-            if current.op == "call_module" and not isinstance(self.program.module(current), FakeQuantize):
+            if current.op == "call_module" and not isinstance(self.program.module(current), QUANTIZERS):
                 found.append(str(current.target))
             for source in current.all_input_nodes:
                 if source not in met and self.names.get(source) not in self.own:

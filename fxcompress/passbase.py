@@ -123,6 +123,11 @@ class Pass(ABC):
         """Class name, as in recipes and dumps."""
         return type(self).__name__
 
+    @property
+    def precision(self) -> str:
+        """What reports call a program behind this pass, e.g. ``int8``; "" when it does not quantize."""
+        return ""
+
     def requires(self, program: Program, context: Context) -> None:
         """Raise PassError when the pass cannot work on this program or lacks data."""
         del program, context

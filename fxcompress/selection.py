@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fxcompress.bench import Latency, LatencyComparison, compare_latency
-from fxcompress.engines import Engine, Target, registered_targets
+from fxcompress.engines import Engine, Target, build_engine, registered_targets
 from fxcompress.errors import MissingRuntimeError
 from fxcompress.ir import Program
-from fxcompress.lowering import lower
 from fxcompress.pipeline import StepRecord
 from fxcompress.quant.partial import keep_layers, variants
 
@@ -31,7 +30,9 @@ class Candidate:
         reference: The float32 program of the same passes.
         records: Passes that led to it.
         left: Layers the speed gate put back to float32.
+        variant: What tells it from another of the same precision.
         is_baseline: Nothing lossy was done: what the others have to beat.
+        options: Further options of ``target.build``.
     """
 
     target: Target
@@ -42,6 +43,7 @@ class Candidate:
     left: list[tuple[str, str]] = field(default_factory=list)
     variant: str = ""
     is_baseline: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
     _engine: Engine | None = None
 
     @property
@@ -57,7 +59,7 @@ class Candidate:
 
     def build(self, threads: int | None) -> Candidate:
         """Build the engine."""
-        self._engine = self.target.build(lower(self.program), threads=threads)
+        self._engine = build_engine(self.target, self.program, threads=threads, **self.options)
         return self
 
 
@@ -78,7 +80,7 @@ def available_targets() -> list[Target]:
     Raises:
         MissingRuntimeError: neither ONNX Runtime nor OpenVINO is installed.
     """
-    runtimes = [t for n, t in registered_targets().items() if n != "torch"]
+    runtimes = [t for t in registered_targets().values() if t.automatic]
     found = [t for t in runtimes if t.available() is None]
     if not found:
         lines = " or ".join(str(t.available()) for t in runtimes)
@@ -113,7 +115,7 @@ def choose(
     best = times.fastest(compressed)
     decisions: list[str] = []
     if not times.beats(best, best_float):
-        quantized = [c for c in compressed if c.precision != "float32"]
+        quantized = [c for c in compressed if c.precision == "int8" and c.target.portable]
         better = _try_variants(quantized, floats, best_float, times, decisions) if quantized else None
         if not quantized:
             decisions.append(
@@ -136,7 +138,16 @@ def _try_variants(
             if program is None:
                 continue
             left = [(name, variant.reason) for name in variant.ignore]
-            partly = Candidate(full.target, "int8 (partly)", program, full.reference, full.records, left, variant.name)
+            partly = Candidate(
+                full.target,
+                "int8 (partly)",
+                program,
+                full.reference,
+                full.records,
+                left,
+                variant.name,
+                options=full.options,
+            )
             tried.append(partly.build(times.threads))
     if tried:
         times.add([*floats, *tried])

@@ -16,7 +16,9 @@ from fxcompress.passes.fold_batchnorm import FoldBatchNorm
 from fxcompress.passes.fold_constants import FoldConstants
 from fxcompress.passes.fuse_activations import FuseActivations
 from fxcompress.passes.prune_channels import PruneChannels
+from fxcompress.passes.quantize_dynamic import QuantizeDynamic
 from fxcompress.passes.quantize_static import QuantizeStatic
+from fxcompress.passes.quantize_weights import QuantizeWeights
 from fxcompress.passes.remove_blocks import RemoveBlocks
 from fxcompress.passes.sparsify import Sparsify
 
@@ -27,7 +29,9 @@ __all__ = [
     "FoldConstants",
     "FuseActivations",
     "PruneChannels",
+    "QuantizeDynamic",
     "QuantizeStatic",
+    "QuantizeWeights",
     "RemoveBlocks",
     "RemoveIdentity",
     "Sparsify",

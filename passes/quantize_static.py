@@ -7,27 +7,22 @@ rounding the weights causes (Nagel et al., "Data-Free Quantization", 2019, secti
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
-from torch import Tensor
-from torch.fx import Node
-
-from fxcompress.data import CalibrationData, all_finite
+from fxcompress.data import CalibrationData
 from fxcompress.errors import PassError, UsageError
-from fxcompress.ir import Program, source_line
-from fxcompress.layers import Fused, make_fused
+from fxcompress.ir import Program
+from fxcompress.layers import Fused
 from fxcompress.passbase import Context, Pass, Result
 from fxcompress.quant.bias import InputMeans, correct_bias
 from fxcompress.quant.calibration import calibrate, freeze, insert_observers
-from fxcompress.quant.fake_quantize import FakeQuantize
-from fxcompress.quant.insertion import add_quantizer
-from fxcompress.quant.observers import make_observer, weight_range
-from fxcompress.quant.placement import Placement, layer_name, place, weight_axis
+from fxcompress.quant.fake_quantize import QUANTIZERS
+from fxcompress.quant.layer_weights import check_weight, quantize_weight
+from fxcompress.quant.observers import make_observer
+from fxcompress.quant.placement import Placement, layer_name, place
 from fxcompress.quant.scheme import QuantScheme
-from fxcompress.rewrite import put_layer
 
 __all__ = ["QuantizeStatic"]
 
@@ -65,11 +60,16 @@ class QuantizeStatic(Pass):
         if self.samples < 1:
             raise UsageError(25, f"samples={self.samples}: nothing to calibrate with", fix="ask for 1 or more")
 
+    @property
+    def precision(self) -> str:
+        """What reports call the result."""
+        return "int8"
+
     def requires(self, program: Program, context: Context) -> None:
         """Needs calibration data and a program that is not quantized yet."""
         if context.calibration is None:
             raise PassError(30, f"{self.name} needs calibration data", fix="pass calibration=loader")
-        if any(isinstance(m, FakeQuantize) for m in program.gm.modules()):
+        if any(isinstance(m, QUANTIZERS) for m in program.gm.modules()):
             raise PassError(31, "the program is quantized already", fix="capture the float model again")
 
     def run(self, program: Program, context: Context) -> Result:
@@ -80,7 +80,7 @@ class QuantizeStatic(Pass):
             why = "; ".join(f"{n}: {r}" for n, r in placement.left) or "no convolution and no linear layer"
             raise PassError(32, "there is no layer to quantize", why=why)
         for node in placement.layers:
-            _check_weight(program, node)
+            check_weight(program, node)
         data = cast(Any, context.calibration)
         calls = data if isinstance(data, CalibrationData) else CalibrationData(data)
         quantizers = insert_observers(program, placement, scheme, self.calibrator)
@@ -89,7 +89,7 @@ class QuantizeStatic(Pass):
             calibrate(program, calls, self.samples)
         notes = freeze(quantizers, placement.same_scale)
         for node in placement.layers:
-            _quantize_weight(program, node, scheme, self.weight_calibrator)
+            quantize_weight(program, node, scheme.weight, self.weight_calibrator)
         correct_bias(program, placement.layers, means)
         notes += _fused_too_far(program, placement, scheme)
         return self._result(program, placement, notes, calls)
@@ -125,39 +125,3 @@ def _fused_too_far(program: Program, placement: Placement, scheme: QuantScheme) 
         f"{', '.join(names[:3])}{more}: fused with more than the engine runs in one integer kernel, so partly float; "
         "run FuseActivations with the target's scheme"
     ]
-
-
-def _weight(program: Program, node: Node) -> Tensor:
-    if node.op == "call_module":
-        return cast(Tensor, program.module(node).weight).detach()
-    return program.tensor(cast(Node, node.args[1])).detach()
-
-
-def _check_weight(program: Program, node: Node) -> None:
-    if not all_finite(_weight(program, node)):
-        where = f"{layer_name(node)} ({source_line(node) or node.op})"
-        fix = "train or load the model again, or leave the layer out with ignore=..."
-        raise PassError(33, "a weight holds NaN or infinity", where=where, fix=fix)
-
-
-def _quantize_weight(program: Program, node: Node, scheme: QuantScheme, calibrator: Literal["minmax", "mse"]) -> None:
-    """Give the layer the fake-quantizer of its weight; a layer that is called again has it already."""
-    weight = _weight(program, node)
-    layer = program.module(node) if node.op == "call_module" else None
-    if isinstance(layer, Fused) and layer.weight_fake_quantize is not None:
-        return
-    axis = 0 if layer is None else weight_axis(layer)
-    spec = scheme.weight if scheme.weight.axis is None else dataclasses.replace(scheme.weight, axis=axis)
-    quantizer = FakeQuantize(spec, device=weight.device)
-    quantizer.set_range(*weight_range(weight, spec, calibrator))
-    if layer is not None:
-        fused = make_fused(layer)
-        fused.weight_fake_quantize = quantizer
-        put_layer(program, str(node.target), fused)
-        return
-    source = cast(Node, node.args[1])
-    with program.graph.inserting_after(source):
-        path = add_quantizer(program, f"weight_{source.name}", quantizer)
-        new = program.graph.create_node("call_module", path, (source,), {}, name=f"{source.name}_quantized")
-    new.meta = dict(source.meta)
-    node.replace_input_with(source, new)

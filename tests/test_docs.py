@@ -2,20 +2,22 @@
 
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from benchmarks import tables
+from benchmarks import kernel_tables, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md"])
 
 
-def test_tables_are_those_of_the_result_files() -> None:
+@pytest.mark.parametrize("module", [tables, kernel_tables], ids=["benchmarks", "kernels"])
+def test_tables_are_those_of_the_result_files(module: ModuleType) -> None:
     """After a new measurement: ``python -m benchmarks.tables``."""
-    page = tables.PAGE.read_text(encoding="utf-8")
+    page = module.PAGE.read_text(encoding="utf-8")
     asked = re.findall(r"<!-- table ([a-z0-9_ ]+) -->", page)
-    assert set(asked) == set(tables.TABLES) and page.count("<!-- end -->") == len(asked)
+    assert set(asked) == set(module.TABLES) and page.count("<!-- end -->") == len(asked)
     assert tables.filled(page) == page
 
 

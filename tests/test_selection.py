@@ -14,7 +14,7 @@ from fxcompress.errors import UsageError
 from fxcompress.selection import Candidate, choose
 from tests.helpers.quick import built, images
 
-TARGETS = {name: SimpleNamespace(name=name, scheme=lambda: None) for name in ("a", "b")}
+TARGETS = {name: SimpleNamespace(name=name, scheme=lambda: None, portable=True) for name in ("a", "b")}
 
 
 def candidate(target: str, precision: str, variant: str = "") -> Candidate:

@@ -53,7 +53,7 @@ def scheme_of(name: str) -> tuple[str, QuantScheme]:
     """
     if name != "auto":
         return name, target(name).scheme()
-    known = {n: t for n, t in registered_targets().items() if n != "torch"}
+    known = {n: t for n, t in registered_targets().items() if t.automatic}
     installed = [n for n, t in known.items() if t.available() is None]
     chosen = (installed or list(known))[0]
     return chosen, known[chosen].scheme()

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fxcompress.lowering import PortableModel
 
 __all__ = [
-    "Engine", "Runner", "Scratch", "Shapes", "Target", "check_threads", "engine_class", "full_range_weights",
+    "Engine", "Runner", "Scratch", "Shapes", "Target", "build_engine", "check_threads", "engine_class", "full_range_weights",
     "nearest", "register", "registered_targets", "require", "target",
 ]  # fmt: skip
 
@@ -139,6 +139,9 @@ class Engine:
         """An executable for inputs of exactly these shapes; for any shapes when None."""
         raise NotImplementedError
 
+    def synchronize(self) -> None:
+        """Wait until what was called is done; calls of most runtimes are done when they return."""
+
     # ---------------------------------------------------------------------------------------------- looking inside
     def tap_names(self) -> list[str]:
         """Points inside the model whose values can be read, in execution order."""
@@ -207,6 +210,13 @@ class Target(Protocol):
     """What an engine can run, how it wants it quantized, and how it is built."""
 
     name: str
+    #: Built from the portable (ONNX) form; else from the program itself.
+    portable: bool
+    #: One of those that ``target=None`` chooses from.
+    automatic: bool
+
+    def unmeasured(self) -> str | None:
+        """Why latencies of its engines on this machine would tell nothing; None when they are worth measuring."""
 
     def available(self) -> str | None:
         """None when the runtime is installed, else the pip line."""
@@ -269,6 +279,13 @@ def nearest(name: str, known: Sequence[str]) -> str:
     """``did you mean ...`` or the known names."""
     close = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known[:20])}"
+
+
+def build_engine(made: Target, program: Program, **options: Any) -> Engine:
+    """Build an engine of ``program``, through its portable form where the target wants that."""
+    from fxcompress.lowering import lower
+
+    return made.build(lower(program) if made.portable else program, **options)
 
 
 def check_threads(threads: int | None) -> int:

@@ -165,6 +165,12 @@ class OnnxRuntimeTarget:
     """Target ``onnxruntime``: the CPU execution provider."""
 
     name = "onnxruntime"
+    portable = True
+    automatic = True
+
+    def unmeasured(self) -> str | None:
+        """Latencies mean what they say."""
+        return None
 
     def available(self) -> str | None:
         """None, or the pip line."""

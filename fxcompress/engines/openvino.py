@@ -228,6 +228,12 @@ class OpenVinoTarget:
     """Target ``openvino``: the CPU plug-in."""
 
     name = "openvino"
+    portable = True
+    automatic = True
+
+    def unmeasured(self) -> str | None:
+        """Latencies mean what they say."""
+        return None
 
     def available(self) -> str | None:
         """None, or the pip line."""

@@ -22,7 +22,7 @@ from fxcompress.errors import ArtifactError, EngineError
 from fxcompress.ir import Program, source_line
 from fxcompress.layers import Activation, TransposedLinear
 from fxcompress.lowering.builder import tap_names
-from fxcompress.quant.fake_quantize import FakeQuantize
+from fxcompress.quant.fake_quantize import DynamicFakeQuantize, FakeQuantize
 from fxcompress.quant.spec import QuantSpec
 
 __all__ = ["GRAPH", "WEIGHTS", "describe_graph", "distinct", "make_graph", "make_module", "read_graph", "write_graph"]
@@ -59,7 +59,7 @@ _TORCH_LAYERS: tuple[type[nn.Module], ...] = (
         nn.AlphaDropout,
         nn.FeatureAlphaDropout,
     ),
-    *(TransposedLinear, FakeQuantize),
+    *(TransposedLinear, FakeQuantize, DynamicFakeQuantize),
 )
 _LAYERS: dict[str, type[nn.Module]] = {
     **{kind.__name__: kind for kind in _TORCH_LAYERS},
@@ -183,7 +183,7 @@ def _arg_json(value: Any) -> Any:
 
 
 def _spec_fields(spec: QuantSpec) -> dict[str, Any]:
-    return {k: getattr(spec, k) for k in ("bits", "signed", "symmetric", "axis", "qmin", "qmax")}
+    return {k: getattr(spec, k) for k in ("bits", "signed", "symmetric", "axis", "qmin", "qmax", "group_size")}
 
 
 _TAGGED: tuple[tuple[Any, str, Callable[[Any], Any]], ...] = (
@@ -201,8 +201,12 @@ _TAGGED: tuple[tuple[Any, str, Callable[[Any], Any]], ...] = (
 
 
 # ------------------------------------------------------------------------------------------------ reading
-def read_graph(folder: Path) -> GraphModule:
+def read_graph(folder: Path, device: torch.device | None = None) -> GraphModule:
     """The graph of `write_graph`: flat inputs as arguments, flat outputs as a tuple, eval mode.
+
+    Args:
+        folder: Where the files lie.
+        device: Put tensors there, and new ones that the graph makes on another kind of device; None: main memory.
 
     Raises:
         ArtifactError: a file is damaged, or names an operator or layer that is not on the lists.
@@ -212,12 +216,23 @@ def read_graph(folder: Path) -> GraphModule:
 
     try:
         content = json.loads((folder / GRAPH).read_text(encoding="utf-8"))
-        tensors = load_file(folder / WEIGHTS)
+        tensors = load_file(folder / WEIGHTS, device=str(device or "cpu"))
+        if device is not None:
+            content = _moved(content, str(device))
         tensors |= {name: tensors[first] for name, first in content["aliases"].items()}
         root = _tree(content, tensors)
         return GraphModule(root, make_graph(content, root), class_name="Program").eval()
     except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(27, "the program's files cannot be read", why=f"{type(error).__name__}: {error}") from error
+
+
+def _moved(value: Any, device: str) -> Any:
+    """The file's content with every device replaced."""
+    if isinstance(value, list):
+        return [_moved(v, device) for v in value]
+    if isinstance(value, dict):
+        return {k: device if k == "device" and isinstance(v, str) else _moved(v, device) for k, v in value.items()}
+    return value
 
 
 def _tree(content: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:

@@ -91,6 +91,12 @@ class TorchTarget:
     """Target ``torch``."""
 
     name = "torch"
+    portable = False
+    automatic = False
+
+    def unmeasured(self) -> str | None:
+        """It simulates."""
+        return "the torch target simulates INT8 in float32: no speed is gained until it is lowered"
 
     def available(self) -> str | None:
         """Always installed."""

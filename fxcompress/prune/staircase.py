@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fxcompress.bench import compare_latency
+from fxcompress.engines import build_engine
 from fxcompress.engines import target as find_target
 from fxcompress.environment import describe
-from fxcompress.lowering import lower
 from fxcompress.prune.dependencies import Bools, Dependencies
 from fxcompress.prune.surgery import cut_program
 from fxcompress.selection import available_targets
@@ -70,8 +70,8 @@ class Staircase:
         self.measured += 1
         pruned, _ = cut_program(self.found, removed)
         engines = {
-            "dense": self.target.build(lower(self.found.program)),
-            "pruned": self.target.build(lower(pruned)),
+            "dense": build_engine(self.target, self.found.program),
+            "pruned": build_engine(self.target, pruned),
         }
         args, kwargs = self.found.program.example
         return float(compare_latency(engines, args, kwargs).ratio("pruned", "dense").median)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.fx import Node
 
 from fxcompress.ir import Program
-from fxcompress.quant.fake_quantize import FakeQuantize
+from fxcompress.quant.fake_quantize import DynamicFakeQuantize, FakeQuantize
 from fxcompress.quant.placement import Placement
 
 __all__ = ["add_quantizer", "insert_quantizers", "quantizer_holder"]
@@ -28,7 +28,7 @@ class _Quantizers(nn.Module):
     """Container of the quantizers, by the name of the value they quantize."""
 
 
-def add_quantizer(program: Program, name: str, quantizer: FakeQuantize) -> str:
+def add_quantizer(program: Program, name: str, quantizer: FakeQuantize | DynamicFakeQuantize) -> str:
     """Put ``quantizer`` into the holder; returns its path. A module of this name is replaced."""
     holder = quantizer_holder(program)
     name = f"{name}_" if hasattr(nn.Module, name) or name == "training" else name

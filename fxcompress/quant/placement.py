@@ -22,7 +22,7 @@ from fxcompress.ir import Program
 from fxcompress.layers import WEIGHTED_LAYERS, Fused, TransposedLinear, cannot_fuse
 from fxcompress.quant.scheme import QuantScheme
 
-__all__ = ["Placement", "layer_kind", "layer_name", "place", "weight_axis"]
+__all__ = ["Placement", "is_move", "layer_kind", "layer_name", "place", "weight_axis"]
 
 _aten = torch.ops.aten
 #: Move data without arithmetic (max is monotonic): quantizing before or after is the same.
@@ -164,7 +164,7 @@ class _Placer:
         if not any(reads) or not _is_float(node):
             return
         self.demanded.add(node)
-        if _is_move(node):
+        if is_move(node):
             if all(reads):
                 self.through.add(node)
             return
@@ -260,7 +260,8 @@ class _Sets:
         return list(found.values())
 
 
-def _is_move(node: Node) -> bool:
+def is_move(node: Node) -> bool:
+    """True for an operator that only moves values: quantizing before or behind it is the same."""
     if node.op != "call_function":
         return False
     packet = getattr(node.target, "overloadpacket", None)

@@ -30,6 +30,10 @@ class QuantScheme:
         fused_residual: The engine also runs the residual add in that kernel.
         integer_bias: Biases are stored as int32 with the scale of input times weight.
         requantize_cat: A concat needs its result quantized again (with the shared scale) to run on integers.
+        dynamic_block: Activations that are quantized at run time share a scale over so many features of a token in front
+            of symmetric 8-bit weights with one scale per row; None: over the whole token.
+        dynamic_block_packed: The same in front of other weights, whose groups it must divide.
+        dynamic_uniform: All layers of a model must have the same such block.
         reason: Why this scheme and not a wider one, for the report.
     """
 
@@ -43,4 +47,22 @@ class QuantScheme:
     fused_residual: bool = True
     integer_bias: bool = False
     requantize_cat: bool = False
+    dynamic_block: int | None = None
+    dynamic_block_packed: int | None = None
+    dynamic_uniform: bool = False
     reason: str = ""
+
+    def dynamic_granularity(self, weight: QuantSpec) -> int | None:
+        """Features that share a scale when the input of a layer is quantized at run time; None: the whole token.
+
+        Args:
+            weight: Grid of the layer's weight.
+        """
+        group = weight.group_size
+        if weight.bits == 8 and weight.symmetric and group is None:
+            return self.dynamic_block
+        block = self.dynamic_block_packed
+        if block is None or group is None:
+            return block
+        shared = min(block, group & -group)  # the largest power of two in both
+        return shared if shared >= 16 else None

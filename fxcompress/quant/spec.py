@@ -38,9 +38,11 @@ class QuantSpec:
         qmin: Smallest integer used. Default: the container's. A narrower range (-127 of int8, -64 for 7-bit weights in
             int8) is allowed.
         qmax: Largest integer used. Default: the container's.
+        group_size: Of a matrix with an ``axis``: this many values along the other dimension share a scale; None: all.
 
     Raises:
-        UsageError: If the width is not 2 to 16, or ``[qmin, qmax]`` leaves the container or does not hold zero.
+        UsageError: If the width is not 2 to 16, ``[qmin, qmax]`` leaves the container or does not hold zero, or the
+            group size is not positive or has no axis.
     """
 
     bits: int
@@ -49,10 +51,18 @@ class QuantSpec:
     axis: int | None = None
     qmin: int = _DERIVED
     qmax: int = _DERIVED
+    group_size: int | None = None
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 16:
             raise UsageError(40, f"a quantized tensor cannot have {self.bits} bits", fix="use 2 to 16 bits")
+        if self.group_size is not None and (self.group_size < 1 or self.axis not in (0, 1)):
+            raise UsageError(
+                474,
+                f"a tensor cannot have groups of {self.group_size} along axis {self.axis}",
+                why="groups lie in the rows (axis 0) or columns (axis 1) of a matrix",
+                fix="give a positive group size and axis 0 or 1",
+            )
         least = -(1 << (self.bits - 1)) if self.signed else 0
         most = least + (1 << self.bits) - 1
         if self.qmin == _DERIVED:

@@ -28,6 +28,7 @@ class Fake:
 
     name: str = "fake"
     step: float = 0.01
+    portable: bool = False
     timed: list[float] = field(default_factory=list)
 
     def require(self) -> None:
@@ -54,7 +55,6 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Fake:
     monkeypatch.setattr(staircase, "find_target", lambda name: found)
     monkeypatch.setattr(staircase, "available_targets", lambda: [found])
     monkeypatch.setattr(staircase, "compare_latency", found.compare)
-    monkeypatch.setattr(staircase, "lower", lambda p: p)
     return found
 
 

@@ -13,7 +13,7 @@ from fxcompress.ir import Program
 from fxcompress.layers import ACTIVATIONS
 from fxcompress.quant.fake_quantize import FakeQuantize
 from fxcompress.quant.insertion import insert_quantizers
-from fxcompress.quant.placement import Placement, _is_move, layer_kind, place
+from fxcompress.quant.placement import Placement, is_move, layer_kind, place
 from fxcompress.quant.scheme import QuantScheme
 from tests.helpers.blocks import (
     BLOCKS,
@@ -228,7 +228,7 @@ def is_quantizer(program: Program, node: Node) -> bool:
 def origin(program: Program, node: Node, scheme: QuantScheme) -> list[Node]:
     """What made a value: back through data movements (and concats that pass integers on)."""
     is_cat = node.target is aten.cat.default and "cat" in scheme.joins and not scheme.requantize_cat
-    if _is_move(node) or is_cat:
+    if is_move(node) or is_cat:
         return [o for i in node.all_input_nodes if "val" in i.meta for o in origin(program, i, scheme)]
     return [node]
 
@@ -297,7 +297,7 @@ def test_float_readers_read_floats(name: str) -> None:
     for value, users in found.values.items():
         is_join = value.target in (aten.add.Tensor, aten.cat.default, aten.mul.Tensor)
         for user in users:
-            integer = user in found.layers or _is_move(user) or user.target in (aten.add.Tensor, aten.cat.default)
+            integer = user in found.layers or is_move(user) or user.target in (aten.add.Tensor, aten.cat.default)
             assert integer or is_join, f"{user} reads rounded {value}"
 
 
