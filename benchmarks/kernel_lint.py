@@ -218,19 +218,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.check:
         return _check(options)
     results = _own(options)
+    _write(results, options)
     for version in options.triton:
         results |= _with_version(version, options)
-    if options.families or options.most or set(options.sm) != set(CHIPS):  # a part: the rest of the file stays
-        known = _known(options.json)
-        versions = {**results, **known}
-        results = {version: known.get(version, {}) | results.get(version, {}) for version in versions}
-    settings = {"sm": options.sm, "families": options.families, "most": options.most}
-    content = {"claim": "kernel_lint", "environment": environment(1), "settings": settings, "results": results}
-    options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        _write(results, options)
     rows = [row for found in results.values() for row in found.values()]
     bad = sum(bool(row["problems"]) for row in rows)
     print(f"{len(rows)} configurations, {bad} with problems: {options.json}")
     return int(bad > 0)
+
+
+def _write(results: Mapping[str, Mapping[str, Any]], options: argparse.Namespace) -> None:
+    """Replaces the file; what this run does not look at stays in it."""
+    known = _known(options.json)
+    if options.families or options.most or set(options.sm) != set(CHIPS):
+        results = {version: known.get(version, {}) | dict(rows) for version, rows in results.items()}
+    everything = {**results, **{version: rows for version, rows in known.items() if version not in results}}
+    settings = {"sm": options.sm, "families": options.families, "most": options.most}
+    content = {"claim": "kernel_lint", "environment": environment(1), "settings": settings, "results": everything}
+    part = options.json.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, options.json)
 
 
 if __name__ == "__main__":

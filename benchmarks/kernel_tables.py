@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -106,17 +107,29 @@ def _tile_text(swapped: bool, m: int, n: int, k: int, warps: int) -> str:
 
 
 def versions() -> str:
-    """Triton versions: configurations, those with problems, and instructions per weight of the same configurations."""
+    """Triton versions and chips: what goes wrong with the configurations there, and their instructions per weight."""
     every = _lint()
     newest = next(iter(every.values()))
-    lines = []
-    for version, rows in every.items():
-        shared = [name for name in rows if rows[name].get("per_weight") and newest.get(name, {}).get("per_weight")]
-        ratios = [rows[name]["per_weight"] / newest[name]["per_weight"] for name in shared]
-        bad = [name for name, row in rows.items() if row["problems"]]
-        lines.append([version, len(rows), len(bad), _span(ratios)])
-    heads = ["Triton", "configurations", "with problems", "instructions, against the first row"]
-    return table(heads, lines) + "\n" + _source("kernel_lint")
+    lines = [
+        [version, f"sm_{sm}", *_version_cells({n: r for n, r in rows.items() if r["sm"] == sm}, newest)]
+        for version, rows in every.items()
+        for sm in CHIPS
+    ]
+    heads = ["Triton", "chip", "configurations", "over budget", "with spills", "other problems"]
+    return (
+        table([*heads, "instructions against the first version, median and most"], lines)
+        + "\n"
+        + _source("kernel_lint")
+    )
+
+
+def _version_cells(rows: Rows, newest: Rows) -> list[object]:
+    problems = [p for row in rows.values() for p in row["problems"]]
+    budget, spills = sum(" per weight, " in p for p in problems), sum(" of local memory" in p for p in problems)
+    shared = [name for name in rows if rows[name].get("per_weight") and newest.get(name, {}).get("per_weight")]
+    ratios = sorted(rows[name]["per_weight"] / newest[name]["per_weight"] for name in shared)
+    text = f"{statistics.median(ratios):.2f}, {ratios[-1]:.2f}" if ratios else ""
+    return [len(rows), budget, spills, len(problems) - budget - spills, text]
 
 
 # ------------------------------------------------------------------------------------------------ times

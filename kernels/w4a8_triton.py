@@ -127,16 +127,23 @@ def choose(problem: Problem, device: Device) -> Config:
     m, n, hopper = problem.m, problem.n, device.sm >= 90
     if m <= 64:
         block_m = 16 if m <= 16 else 32 if m <= 32 else 64
-        tile = Config(block_m, 128, 128, 1, 4, 4, swap_ab=hopper or m > 32)
+        tile = Config(block_m, 128, 128, 1, 4, 4, swap_ab=hopper)
     else:
         costs = {(64, 128): 1.2, (128, 128): 2.0, (128, 256): 3.5}
         block_m, block_n = best_tile(m, n, costs, device)
-        tile = Config(
-            block_m, block_n, 128, 1, 8 if block_m > 64 else 4, 4 if hopper or block_m <= 64 else 3, swap_ab=True
-        )
+        # wgmma takes the unpacked weights from registers, as its left operand; mma takes them as either, and the left one
+        # is better only where the warps of the other order would unpack the same weights twice.
+        swap = _can_swap(block_n, device) and (hopper or (block_m, block_n) == (128, 128))
+        warps, stages = (8, 4 if hopper else 3) if block_m > 64 else (4, 4)
+        tile = Config(block_m, block_n, 128, 1, warps, stages, swap_ab=swap)
     tiles = -(-m // tile.block_m) * -(-n // tile.block_n)
     parts = parts_for(tiles, -(-problem.k // tile.block_k), device) if tile.block_m <= 64 else 1
     return fitting(replace(tile, split_k=parts), (tile.block_m + tile.block_n) * tile.block_k, device)
+
+
+def _can_swap(block_n: int, device: Device) -> bool:
+    """False where Triton 3.8 compiles the swapped product to a trap: 256 features, sm_100."""
+    return device.sm < 100 or block_n <= 128
 
 
 def launch(
@@ -168,7 +175,8 @@ def launch(
 
 def _constants(c: Config, device: Device, even: bool) -> dict[str, Any]:
     sizes = {"BLOCK_M": c.block_m, "BLOCK_N": c.block_n, "BLOCK_K": c.block_k}
-    return sizes | {"SPLIT": c.split_k > 1, "SWAP": c.swap_ab, "EVEN_K": even, "PIECES": pieces(c, device)}
+    swap = c.swap_ab and _can_swap(c.block_n, device)
+    return sizes | {"SPLIT": c.split_k > 1, "SWAP": swap, "EVEN_K": even, "PIECES": pieces(c, device)}
 
 
 def _case(c: Config, device: Device, epilogue: str, even: bool) -> CompileCase:

@@ -144,25 +144,43 @@ def choose(problem: Problem, device: Device) -> Config:
     return lookup(problem, device) or _heuristic(problem, device)
 
 
-#: By rows of activations, the same on every device; the last is the largest that does not spill.
-_TILES: Final = (
+#: By rows of activations, up to 32.
+_SMALL: Final = (
     Config(8, 128, 128, num_warps=4, num_stages=4, swap_ab=True),
     Config(16, 128, 128, num_warps=4, num_stages=4, swap_ab=True),
     Config(32, 128, 128, num_warps=4, num_stages=4, swap_ab=True),
-    Config(64, 256, 128, num_warps=8, num_stages=3, swap_ab=True),
 )
+
+
+def _tiles(sm: int) -> tuple[Config, ...]:
+    """Tiles by rows of activations; the last is the largest that does not spill, from sm_100 on that of fewest instructions."""
+    if sm >= 100:
+        return (*_SMALL, Config(64, 128, 128, num_warps=4, num_stages=3, swap_ab=True))
+    return (*_SMALL, Config(64, 256, 128, num_warps=8, num_stages=3, swap_ab=True))
 
 
 def _heuristic(problem: Problem, device: Device) -> Config:
     if problem.m > 512:  # the library's own product is then the better part of the time
         return Config(route="dequantize")
-    config = next((c for c in _TILES if c.block_m >= problem.m), _TILES[-1])
+    every = _tiles(device.sm)
+    config = next((c for c in every if c.block_m >= problem.m), every[-1])
     tiles = triton.cdiv(problem.m, config.block_m) * triton.cdiv(problem.n, config.block_n)
     return replace(config, split_k=parts_of_k(tiles, problem.k, device))
 
 
-def _constants(config: Config, k: int, group: int, pack: int, deterministic: bool) -> dict[str, Any]:
-    depth = min(config.block_k if config.block_m < 64 else 32, group & -group or config.block_k)
+def _fitting(config: Config, sm: int, group: int) -> Config:
+    """Half of a wide tile where `_constants` would have to cut it into 32 columns for sm_100."""
+    narrow = sm >= 100 and config.block_n > 128 and 0 < (group & -group) < 64
+    return replace(config, block_n=128, num_warps=4) if narrow else config
+
+
+def _constants(config: Config, sm: int, k: int, group: int, pack: int, deterministic: bool) -> dict[str, Any]:
+    """Large tiles unpack few columns at a time; 32 of 256 features Triton 3.6 to 3.8 compile to a trap for sm_100."""
+    if sm >= 100:
+        depth = config.block_k if config.block_n <= 128 else 64
+    else:
+        depth = config.block_k if config.block_m < 64 else 32
+    depth = min(depth, group & -group or config.block_k)
     return {"GROUP": group, "SCALE_PACK": pack} | common_constants(config, k, group, depth, deterministic)
 
 
@@ -209,7 +227,9 @@ def run(
     with torch.cuda.device_of(x):
         if config.route == "dequantize" or k % 4 or weight.data_ptr() % 4:
             return dense(x, dequantize(weight, scales, group, x.dtype), end)
-        constants = _constants(config, k, group, packing(scales, n), deterministic)
+        sm = device_of(x).sm
+        config = _fitting(config, sm, group)
+        constants = _constants(config, sm, k, group, packing(scales, n), deterministic)
         end = end._replace(scales=scales if group == 0 else None)
         return multiply(w8a16_kernel, (x, weight, scales), n, end, config, constants)
 
@@ -224,7 +244,7 @@ def _case(sm: int, config: Config, dtype: torch.dtype, group: int, budget: float
         family="w8a16",
         kernel=w8a16_kernel,
         signature={**{p: t for p, t in pointers.items() if p not in absent}, "M": "i32", "N": "i32", "K": "i32"},
-        constants=_constants(config, 4096, group, 2, True)
+        constants=_constants(config, sm, 4096, group, 2, True)
         | dict.fromkeys(absent)
         | {"ACTIVATION": "", "USE_ASM": True},
         num_warps=config.num_warps,
@@ -239,9 +259,10 @@ def _case(sm: int, config: Config, dtype: torch.dtype, group: int, budget: float
 def compile_cases(sm: int) -> list[CompileCase]:
     """Every tile with a scale a row; the small ones also with groups and split."""
     half, brain = torch.float16, torch.bfloat16
-    small, last = _TILES[1], _TILES[-1]
-    cases = [_case(sm, t, half, 0, 2.6 if t.block_m < 32 else 3.8) for t in _TILES]
-    cases += [_case(sm, t, brain, 0, 3.4 if t.block_m < 32 else 4.6) for t in _TILES]
+    tiles = _tiles(sm)
+    small, last = tiles[1], tiles[-1]
+    cases = [_case(sm, t, half, 0, 2.6 if t.block_m < 32 else 3.8) for t in tiles]
+    cases += [_case(sm, t, brain, 0, 3.4 if t.block_m < 32 else 4.6) for t in tiles]
     cases += [_case(sm, small, half, g, b) for g, b in ((128, 2.6), (64, 3.3), (32, 3.7), (96, 3.7))]
     cases += [_case(sm, small, brain, 128, 3.4), _case(sm, last, half, 128, 4.5), _case(sm, last, brain, 32, 5.5)]
     cases += [_case(sm, replace(small, split_k=4), half, 0, 2.7)]

@@ -167,17 +167,21 @@ def _w8a16(e: _Emitter, p: Product) -> dict[str, Any]:
     }
 
 
+def _w_sum(e: _Emitter, p: Product, weight: Tensor, zero: Node | None) -> Node | None:
+    """What the zero point of the activations is multiplied with: int32 [O], the sums of the filters."""
+    return None if zero is None else e.constant(p, "w_sum", weight.flatten(1).sum(1, dtype=torch.int32))
+
+
 def _w8a8(e: _Emitter, p: Product) -> dict[str, Any]:
     weight = p.integers().values.to(torch.int8)
     x, scale, zero = e.integers_of(p)
-    w_sum = None if zero is None else e.constant(p, "w_sum", weight.sum(1, dtype=torch.int32))
     return {
         "x": x,
         "weight": e.constant(p, "weight", weight),
         "x_scale": scale,
         "w_scale": e.constant(p, "w_scale", p.integers().scales[:, 0]),
         "x_zero": zero,
-        "w_sum": w_sum,
+        "w_sum": _w_sum(e, p, weight, zero),
         "bias": e.bias(p),
         "out_dtype": p.dtype,
     }
@@ -198,10 +202,11 @@ def _w4a8(e: _Emitter, p: Product) -> dict[str, Any]:
 
 def _conv(e: _Emitter, p: Product) -> dict[str, Any]:
     layer, w = cast(nn.Conv2d, p.layer), p.integers()
+    filters = w.values.to(torch.int8).permute(0, 2, 3, 1).contiguous()
     x, scale, zero = e.integers_of(p)
     return {
         "x": x,
-        "weight": e.constant(p, "weight", w.values.to(torch.int8).permute(0, 2, 3, 1).contiguous()),
+        "weight": e.constant(p, "weight", filters),
         "x_scale": scale,
         "w_scale": e.constant(p, "w_scale", w.scales[:, 0]),
         "x_zero": zero,
@@ -211,6 +216,7 @@ def _conv(e: _Emitter, p: Product) -> dict[str, Any]:
         "dilation": list(layer.dilation),
         "groups": layer.groups,
         "out_dtype": p.dtype,
+        "w_sum": _w_sum(e, p, filters, zero),
     }
 
 

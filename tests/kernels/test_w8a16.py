@@ -235,6 +235,19 @@ def test_compile_cases_have_names_and_cover_the_tiles() -> None:
         assert choose(Problem("w8a16", 513, 8192, 8192, HALF, -1), ASSUMED[sm]).route == "dequantize"
 
 
+@pytest.mark.triton
+def test_the_tuner_cannot_choose_what_older_compilers_turn_into_a_trap() -> None:
+    """sm_100, 256 features, 32 columns at a time: Triton 3.6 to 3.8 emit a kernel whose first instruction is a trap."""
+    from fxcompress.kernels.candidates import candidates
+    from fxcompress.kernels.w8a16_triton import _constants, _fitting
+
+    found = candidates(Problem("w8a16", 64, 28672, 8192, HALF, -1), ASSUMED[100])
+    assert any(c.block_n > 128 for c in found)
+    for group in (0, 32, 64, 96, 128):
+        for config in (_fitting(c, 100, group) for c in found):
+            assert config.block_n <= 128 or _constants(config, 100, 4096, group, 2, True)["DEPTH"] >= 64
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [HALF, torch.bfloat16])
 @pytest.mark.parametrize("group", [-1, 128, 32])
