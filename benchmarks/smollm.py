@@ -38,6 +38,23 @@ def load() -> Any:
     return model.eval()
 
 
+def save(model: Any, folder: str) -> None:
+    """A folder with the model, in float32, and its tokenizer, as transformers reads it."""
+    model.hf_quantizer = None  # the reader of GGUF; the weights are plain ones by now
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+
+
+def tiny() -> Any:
+    """A model of the same kind with one small random layer and the same vocabulary."""
+    transformers: Any = importlib.import_module("transformers")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(**sizes, vocab_size=49152, use_cache=False)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
 def tokenizer() -> Any:
     """The model's tokenizer."""
     transformers: Any = importlib.import_module("transformers")

@@ -100,8 +100,7 @@ class Bench:
     def peers(self) -> None:
         """LLM Compressor's weights, made from the same model and sequences, in the very same program."""
         with tempfile.TemporaryDirectory() as folder:
-            self.model.save_pretrained(folder)
-            smollm.tokenizer().save_pretrained(folder)
+            smollm.save(self.model, folder)
             save_file({"tokens": self.calibration}, f"{folder}/tokens.safetensors")
             for amount, pattern in (("50 %", "0:0"), ("2:4", "2:4")):
                 for name, method in (("Wanda", "wanda"), ("SparseGPT", "sparsegpt")):
@@ -112,7 +111,7 @@ class Bench:
             return
         python = self.options.peer_python or os.environ.get("FXC_LLMCOMPRESSOR_PYTHON") or sys.executable
         script, out = str(Path(__file__).with_name("sparsity_peer.py")), f"{folder}/weights.safetensors"
-        command = [python, script, "--model", folder, "--tokens", f"{folder}/tokens.safetensors", "--out", out]
+        command = [python, "-P", script, "--model", folder, "--tokens", f"{folder}/tokens.safetensors", "--out", out]
         command += ["--method", method, "--pattern", pattern, "--threads", str(self.options.threads)]
         start = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)

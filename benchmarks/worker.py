@@ -130,7 +130,8 @@ def fxcompress_runner(path: str, threads: int, static: Arrays | None) -> Runner:
 
         def run() -> npt.NDArray[np.float32]:
             output = engine(*tensors)
-            return np.asarray(output.numpy())
+            first = output[0] if isinstance(output, (list, tuple)) else output
+            return np.asarray(first.numpy())
 
         return run
 

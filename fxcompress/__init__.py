@@ -10,17 +10,26 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fxcompress.api import compile, default_passes, load
+    from fxcompress.auto.options import AutoSearch
     from fxcompress.capture import capture, from_exported
+    from fxcompress.checkpoints.compressed_tensors import save_compressed_tensors
+    from fxcompress.checkpoints.load import load_compressed_tensors
     from fxcompress.engines import Engine, Target, target
+    from fxcompress.engines.qdq_export import export_onnx
     from fxcompress.errors import FxcError
     from fxcompress.ir import Program
     from fxcompress.kernel_testing import check_kernel
+    from fxcompress.kv_cache.scales import KVCacheScales, kv_cache_scales
+    from fxcompress.lower import lower
     from fxcompress.ops import KernelOp
     from fxcompress.parity import check_parity, compare
     from fxcompress.passbase import Context, Pass, Refusal, Result
     from fxcompress.passes import (
+        AdaRound,
+        Cast,
         EliminateCommonSubexpressions,
         EliminateDeadCode,
+        EqualizeLayers,
         FoldBatchNorm,
         FoldConstants,
         FuseActivations,
@@ -30,6 +39,8 @@ if TYPE_CHECKING:
         QuantizeWeights,
         RemoveBlocks,
         RemoveIdentity,
+        Rotate,
+        SmoothQuant,
         Sparsify,
     )
     from fxcompress.pipeline import Pipeline
@@ -52,8 +63,13 @@ if TYPE_CHECKING:
     )
     from fxcompress.prune.sensitivity import Sensitivity, analyze_sensitivity
     from fxcompress.prune.storage import load_pruned, save_pruned
+    from fxcompress.qat.callback import QATCallback
+    from fxcompress.qat.prepare import prepare_qat
+    from fxcompress.qat.program import QATProgram
     from fxcompress.quant.scheme import QuantScheme
     from fxcompress.quant.spec import QuantSpec
+    from fxcompress.quant_analysis.report import quant_report
+    from fxcompress.quant_analysis.result import QuantReport
     from fxcompress.report import Report
     from fxcompress.rewrite import Match, Rule, apply_rules
     from fxcompress.sparse.api import sparsify
@@ -84,17 +100,26 @@ _HOMES = {
         "make_schedule",
     ),
     "api": ("compile", "default_passes", "load"),
+    "auto.options": ("AutoSearch",),
     "capture": ("capture", "from_exported"),
+    "checkpoints.compressed_tensors": ("save_compressed_tensors",),
+    "checkpoints.load": ("load_compressed_tensors",),
+    "kv_cache.scales": ("KVCacheScales", "kv_cache_scales"),
     "engines": ("Engine", "Target", "target"),
+    "engines.qdq_export": ("export_onnx",),
     "errors": ("FxcError",),
     "ir": ("Program",),
     "kernel_testing": ("check_kernel",),
+    "lower": ("lower",),
     "ops": ("KernelOp",),
     "parity": ("check_parity", "compare"),
     "passbase": ("Context", "Pass", "Refusal", "Result"),
     "passes": (
+        "AdaRound",
+        "Cast",
         "EliminateCommonSubexpressions",
         "EliminateDeadCode",
+        "EqualizeLayers",
         "FoldBatchNorm",
         "FoldConstants",
         "FuseActivations",
@@ -104,6 +129,8 @@ _HOMES = {
         "QuantizeWeights",
         "RemoveBlocks",
         "RemoveIdentity",
+        "Rotate",
+        "SmoothQuant",
         "Sparsify",
     ),
     "pipeline": ("Pipeline",),
@@ -114,6 +141,11 @@ _HOMES = {
     "prune.plan": ("PruningPlan", "plan_pruning"),
     "prune.sensitivity": ("Sensitivity", "analyze_sensitivity"),
     "prune.storage": ("load_pruned", "save_pruned"),
+    "qat.callback": ("QATCallback",),
+    "qat.prepare": ("prepare_qat",),
+    "qat.program": ("QATProgram",),
+    "quant_analysis.report": ("quant_report",),
+    "quant_analysis.result": ("QuantReport",),
     "quant.scheme": ("QuantScheme",),
     "quant.spec": ("QuantSpec",),
     "report": ("Report",),
@@ -126,14 +158,18 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "AGPSchedule",
+    "AdaRound",
+    "AutoSearch",
     "Block",
     "BlockPlan",
+    "Cast",
     "Certificate",
     "Context",
     "CubicSchedule",
     "EliminateCommonSubexpressions",
     "EliminateDeadCode",
     "Engine",
+    "EqualizeLayers",
     "ExponentialSchedule",
     "FoldBatchNorm",
     "FoldConstants",
@@ -142,6 +178,7 @@ __all__ = [
     "History",
     "Importance",
     "IterativeSchedule",
+    "KVCacheScales",
     "KernelOp",
     "LinearSchedule",
     "Match",
@@ -152,6 +189,9 @@ __all__ = [
     "PruneChannels",
     "PruningCallback",
     "PruningPlan",
+    "QATCallback",
+    "QATProgram",
+    "QuantReport",
     "QuantScheme",
     "QuantSpec",
     "QuantizeDynamic",
@@ -162,9 +202,11 @@ __all__ = [
     "RemoveIdentity",
     "Report",
     "Result",
+    "Rotate",
     "Rule",
     "Schedule",
     "Sensitivity",
+    "SmoothQuant",
     "Sparsify",
     "SparsityCallback",
     "SparsityMasks",
@@ -178,15 +220,22 @@ __all__ = [
     "compare",
     "compile",
     "default_passes",
+    "export_onnx",
     "find_blocks",
     "fine_tune",
     "from_exported",
+    "kv_cache_scales",
     "load",
+    "load_compressed_tensors",
     "load_pruned",
+    "lower",
     "make_schedule",
     "move_optimizer",
     "plan_block_removal",
     "plan_pruning",
+    "prepare_qat",
+    "quant_report",
+    "save_compressed_tensors",
     "save_pruned",
     "sparsify",
     "target",

@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 
 from fxcompress.analysis import count_macs, count_parameters
 from fxcompress.artifact import load as load_folder
+from fxcompress.auto.options import AutoSearch
+from fxcompress.auto.run import Question, answer
 from fxcompress.capture import capture
 from fxcompress.data import CalibrationData, as_call, example_from
 from fxcompress.engines import Engine, Target
@@ -35,7 +37,7 @@ from fxcompress.passes import (
 )
 from fxcompress.pipeline import Pipeline, StepRecord
 from fxcompress.report import Report
-from fxcompress.selection import Candidate, available_targets, choose
+from fxcompress.selection import Candidate, Choice, available_targets, choose
 
 __all__ = ["compile", "default_passes", "load"]
 
@@ -59,7 +61,7 @@ def default_passes(*, quantize: bool) -> tuple[Pass, ...]:
 def compile(
     model: nn.Module,
     example_inputs: Sequence[Any] | Mapping[str, Any] | torch.Tensor | None = None,
-    passes: Sequence[Pass] | None = None,
+    passes: Sequence[Pass] | Literal["auto"] | AutoSearch | None = None,
     target: str | None = None,
     *,
     calibration: Iterable[Any] | None = None,
@@ -85,6 +87,8 @@ def compile(
         example_inputs: Positional inputs as a tuple, one tensor, or a dict of keyword inputs. Optional when
             ``calibration`` can supply a batch.
         passes: What to do, in order. Omitted: fusion, and static INT8 quantization when there is calibration data.
+            ``"auto"``, or an ``AutoSearch`` with its budgets: find the mix of precisions that holds ``max_drop`` and is
+            fastest as measured; needs ``evaluate`` and ``max_drop``; ``report.trials`` lists what was tried.
         target: ``"onnxruntime"``, ``"openvino"``, ``"triton"`` or ``"torch"``. Omitted: the fastest of the installed runtimes.
         calibration: Iterable of batches: tensors, tuples (a label behind the inputs is ignored) or dicts.
         train: Iterable of batches with labels, for pruning by gradients.
@@ -117,13 +121,23 @@ def compile(
         raise UsageError(30, "max_drop needs evaluate", fix="pass evaluate=function_of_a_model")
     if engine_options and target is None:
         raise UsageError(31, "engine_options need a target", fix="pass target=...")
+    auto = AutoSearch() if isinstance(passes, str) else passes if isinstance(passes, AutoSearch) else None
+    if isinstance(passes, str) and passes != "auto":
+        raise UsageError(545, f"passes={passes!r}: not known", fix="give a list of passes, or passes='auto'")
+    if auto is not None and (evaluate is None or max_drop is None):
+        raise UsageError(546, "the search needs evaluate and max_drop", fix="pass evaluate=top1, max_drop=0.005")
     data = None if calibration is None else CalibrationData(calibration)
     targets = available_targets() if target is None else [find_target(target)]
     for chosen in targets:
         chosen.require()
     needs = Context(calibration=data, train=train, loss=loss)
-    job = _Job(model, passes, needs, threads, dump, observer, dict(engine_options or {}))
+    steps = None if isinstance(passes, (str, AutoSearch)) else passes
+    job = _Job(model, steps, needs, threads, dump, observer, dict(engine_options or {}))
     job.capture(example_inputs, dynamic_shapes)
+    if auto is not None and evaluate is not None and max_drop is not None:
+        engine = job.search(auto, targets, evaluate, max_drop, measure=measure)
+        job.finish(engine, strict)
+        return engine
     candidates = [c for t in targets for c in job.candidates(t)]
     gate = passes is None if speed_gate is None else speed_gate
     engine = job.select(candidates, measure=measure or target is None, gate=gate)
@@ -165,6 +179,7 @@ class _Job:
     latency: dict[str, Any] = field(default_factory=dict)
     speedup: tuple[float, float, float] | None = None
     parity: dict[str, Any] = field(default_factory=dict)
+    trials: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def data(self) -> CalibrationData | None:
@@ -243,15 +258,52 @@ class _Job:
             )
             if unmeasured is not None and candidates[-1].precision != "float32":
                 self.decisions.append(unmeasured)
+        self._take(choice)
+        with self.timed("parity"):
+            self._check_parity(choice.chosen)
+        return choice.chosen.engine
+
+    def _take(self, choice: Choice) -> None:
         self.chosen, self.baseline = choice.chosen, choice.baseline
         self.decisions += choice.decisions
         self.latency, self.speedup = choice.latency, choice.speedup
-        engine = self.chosen.engine
-        with self.timed("parity"):
-            reference = self.chosen.reference if self.chosen.precision != "float32" else None
-            found = check_parity(engine, self.chosen.program, self._samples(), reference=reference)
+
+    def _check_parity(self, candidate: Candidate) -> None:
+        reference = candidate.reference if candidate.precision != "float32" else None
+        found = check_parity(candidate.engine, candidate.program, self._samples(), reference=reference)
         self.parity = found.to_dict()
-        return engine
+
+    def search(
+        self,
+        options: AutoSearch,
+        targets: Sequence[Target],
+        evaluate: Callable[[Any], float],
+        max_drop: float,
+        *,
+        measure: bool,
+    ) -> Engine:
+        """Find the mix of precisions; what is chosen was built, measured, scored and compared with its simulation."""
+        assert self.captured is not None
+        before = self._score_model(evaluate)
+        run = self._run_for
+        rules = (evaluate, before, max_drop, options, self._check_parity, self.threads, self.options, measure)
+        question = Question(self.captured, targets, default_passes(quantize=False), self.needs, run, *rules)
+        with self.timed("search"):
+            choice, after, self.trials = answer(question)
+        self._take(choice)
+        if choice.chosen.is_baseline:
+            self._check_parity(choice.chosen)
+        self.accuracy = _accuracy(before, after, max_drop)
+        return choice.chosen.engine
+
+    def _run_for(
+        self, steps: Sequence[Pass], program: Program, target: Target, done: int
+    ) -> tuple[Program, list[StepRecord]]:
+        return self._run(steps, program, replace(self.needs, scheme=target.scheme()), target, done)
+
+    def _score_model(self, evaluate: Callable[[Any], float]) -> float:
+        with self.timed("accuracy"), torch.no_grad(), evaluating(self.model):
+            return float(evaluate(self.model))
 
     def _samples(self) -> list[Any]:
         """A few inputs to compare on: the first calibration samples, else the example."""
@@ -264,12 +316,10 @@ class _Job:
         """Score model and engine with the user's function."""
         if evaluate is None:
             return
+        before = self._score_model(evaluate)
         with self.timed("accuracy"):
-            with torch.no_grad(), evaluating(self.model):
-                before = float(evaluate(self.model))
             after = float(evaluate(engine))
-        passed = max_drop is None or before - after <= max_drop
-        self.accuracy = {"before": before, "after": after, "max_drop": max_drop, "passed": passed}
+        self.accuracy = _accuracy(before, after, max_drop)
 
     def finish(self, engine: Engine, strict: bool) -> None:
         """Attach the report; raise what the gates or ``strict`` ask for."""
@@ -311,6 +361,7 @@ class _Job:
             steps=chosen.records,
             left=left + chosen.left,
             decisions=self.decisions,
+            trials=self.trials,
             notes=notes,
             seconds={k: round(v, 3) for k, v in self.seconds.items()},
             environment=describe(),
@@ -321,6 +372,11 @@ def _example_call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example, (tuple, list)):
         return tuple(example), {}
     return as_call(example)
+
+
+def _accuracy(before: float, after: float, max_drop: float | None) -> dict[str, Any]:
+    passed = max_drop is None or before - after <= max_drop
+    return {"before": before, "after": after, "max_drop": max_drop, "passed": passed}
 
 
 def _raw(data: CalibrationData | None) -> Iterable[Any] | None:

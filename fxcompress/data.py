@@ -153,6 +153,15 @@ class CalibrationData:
             raise _empty()
         self._check_skipped(batches, f" of {batches}")
 
+    def notes(self, asked: int) -> list[str]:
+        """What the last `calls` has to say: batches left out, and fewer samples than ``asked`` for."""
+        notes = []
+        if self.skipped:
+            notes.append(f"{self.skipped} calibration batches held NaN or infinity and were skipped")
+        if self.seen < asked:
+            notes.append(f"calibrated on {self.seen} samples, {asked} asked for")
+        return notes
+
     def _resume(self) -> Iterator[Any]:
         """All batches; those that `first` has begun to read are not read again."""
         if self._begun is None:

@@ -138,10 +138,14 @@ class Program:
     history: list[dict[str, Any]] = field(default_factory=list)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = self.checked_call(args, kwargs)
+        return self.gm(*args, **kwargs)
+
+    def checked_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of ``gm`` for a call. Raises UsageError when it does not fit the captured one."""
         leaves = self.signature.flatten(args, kwargs)
         check_inputs(self.placeholders(), leaves)
-        args, kwargs = pytree.tree_unflatten(leaves, self.signature.in_spec)
-        return self.gm(*args, **kwargs)
+        return cast(tuple[tuple[Any, ...], dict[str, Any]], pytree.tree_unflatten(leaves, self.signature.in_spec))
 
     @property
     def graph(self) -> Graph:

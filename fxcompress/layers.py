@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from fxcompress.errors import PassError
 from fxcompress.ir import clone_tree
 
-__all__ = ["ACTIVATIONS", "WEIGHTED_LAYERS", "Activation", "Fused", "TransposedLinear", "cannot_fuse", "make_fused"]
+__all__ = [
+    "ACTIVATIONS", "FUSED_LAYERS", "WEIGHTED_LAYERS", "Activation", "Fused", "TransposedLinear", "cannot_fuse", "make_fused",
+]  # fmt: skip
 
 _aten = torch.ops.aten
 
@@ -64,13 +66,13 @@ class TransposedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Float ``x`` [..., in_features] -> [..., out_features]."""
-        return self.product(x, self.weight)
+        return self.product(x, self.weight, self.bias)
 
-    def product(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The layer with another weight of the same shape."""
-        if self.bias is None:
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer with another weight and bias of the same shapes."""
+        if bias is None:
             return torch.matmul(x, weight)
-        flat = torch.addmm(self.bias, x.reshape(-1, self.in_features), weight)
+        flat = torch.addmm(bias, x.reshape(-1, self.in_features), weight)
         return flat.reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
@@ -90,14 +92,18 @@ class Fused(nn.Module):
     weight_fake_quantize: nn.Module | None
     weight: Tensor
 
-    def compute(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The plain layer with ``weight``."""
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The plain layer with ``weight`` and ``bias``."""
         raise TypeError(f"{type(self).__name__} does not define compute()")
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Float ``x`` and optional ``residual`` of the output's shape -> output of the fused layer."""
         quantizer = self.weight_fake_quantize
-        y = self.compute(x, self.weight if quantizer is None else quantizer(self.weight))
+        y = self.compute(x, self.weight if quantizer is None else quantizer(self.weight), cast(Any, self).bias)
+        return self.epilogue(y, residual)
+
+    def epilogue(self, y: Tensor, residual: Tensor | None) -> Tensor:
+        """What follows the plain layer: ``activation(y [+ residual])``."""
         if residual is not None:
             y = y + residual
         return y if self.activation is None else self.activation(y)
@@ -114,18 +120,18 @@ class Fused(nn.Module):
 
 
 class _Conv(Fused):
-    def compute(self, x: Tensor, weight: Tensor) -> Tensor:
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         s = cast(nn.Conv2d, self)
-        return cast(Tensor, s._conv_forward(x, weight, s.bias))  # also pads as padding_mode says
+        return cast(Tensor, s._conv_forward(x, weight, bias))  # also pads as padding_mode says
 
 
 class _ConvTranspose(Fused):
     _function: ClassVar[Any]
 
-    def compute(self, x: Tensor, weight: Tensor) -> Tensor:
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         s = cast(nn.ConvTranspose2d, self)
         geometry = (s.stride, s.padding, s.output_padding, s.groups, s.dilation)
-        return cast(Tensor, type(self)._function(x, weight, s.bias, *geometry))
+        return cast(Tensor, type(self)._function(x, weight, bias, *geometry))
 
 
 class FusedConv1d(_Conv, nn.Conv1d):
@@ -161,15 +167,15 @@ class FusedConvTranspose3d(_ConvTranspose, nn.ConvTranspose3d):  # type: ignore[
 class FusedLinear(Fused, nn.Linear):
     """Linear with an epilogue."""
 
-    def compute(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight, self.bias)
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
 
 
 class FusedTransposedLinear(Fused, TransposedLinear):
     """TransposedLinear with an epilogue."""
 
-    def compute(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self.product(x, weight)
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self.product(x, weight, bias)
 
 
 _FUSED: dict[type[nn.Module], type[Fused]] = {
@@ -185,6 +191,7 @@ _FUSED: dict[type[nn.Module], type[Fused]] = {
 
 #: Plain layers that have a fused form: those that multiply by a weight.
 WEIGHTED_LAYERS: tuple[type[nn.Module], ...] = tuple(_FUSED)
+FUSED_LAYERS: tuple[type[Fused], ...] = tuple(_FUSED.values())
 
 
 def cannot_fuse(layer: nn.Module) -> str | None:

@@ -31,6 +31,7 @@ class Report:
         steps: One record per pass.
         left: Layers left in float32: name and reason.
         decisions: What the gates decided and why, in order.
+        trials: With ``passes="auto"``: everything that was tried, with accuracy, latency, size and why it was dropped.
         notes: What else the user should know.
         seconds: Wall time by stage.
         environment: Versions and processor.
@@ -50,6 +51,7 @@ class Report:
     steps: list[StepRecord] = field(default_factory=list)
     left: list[tuple[str, str]] = field(default_factory=list)
     decisions: list[str] = field(default_factory=list)
+    trials: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
@@ -80,6 +82,19 @@ class Report:
         lines += self._parity_line() + self._layers_line()
         lines += [f"{'gate':14}{d}" for d in self.decisions[-3:]]
         return "\n".join(line.rstrip() for line in lines[:12])
+
+    def trials_table(self) -> str:
+        """What ``passes="auto"`` tried, one line each; empty without it."""
+        if not self.trials:
+            return ""
+        lines = [f"{'tried':58} {'engine':12} {'accuracy':>9} {'p50 ms':>8} {'MB':>8}  what became of it"]
+        for row in self.trials:
+            accuracy = "" if row["accuracy"] is None else f"{row['accuracy']:.4f}"
+            latency = "" if row["latency_ms"] is None else f"{row['latency_ms']:.2f}"
+            size = "" if row["size"] is None else f"{row['size'] / 1e6:.2f}"
+            cells = f"{row['name']:58} {row['target']:12} {accuracy:>9} {latency:>8} {size:>8}"
+            lines.append(f"{cells}  {row['verdict']}".rstrip())
+        return "\n".join(lines)
 
     def _accuracy_line(self) -> list[str]:
         if not self.accuracy:

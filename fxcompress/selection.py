@@ -13,7 +13,7 @@ from fxcompress.ir import Program
 from fxcompress.pipeline import StepRecord
 from fxcompress.quant.partial import keep_layers, variants
 
-__all__ = ["Candidate", "Choice", "available_targets", "choose"]
+__all__ = ["Candidate", "Choice", "Timed", "available_targets", "choose"]
 
 #: INT8 has to be this much faster than the best float32 engine to be kept by default: below, noise decides.
 MARGIN = 0.97
@@ -103,7 +103,7 @@ def choose(
     """
     if not measure:
         return Choice(candidates[-1], _baseline_of(candidates[-1], candidates))
-    times = _Timed(args, kwargs, threads)
+    times = Timed(args, kwargs, threads)
     times.add(candidates)
     floats = [c for c in candidates if c.is_baseline]
     compressed = [c for c in candidates if not c.is_baseline]
@@ -126,7 +126,7 @@ def choose(
 
 
 def _try_variants(
-    quantized: list[Candidate], floats: list[Candidate], best_float: Candidate, times: _Timed, decisions: list[str]
+    quantized: list[Candidate], floats: list[Candidate], best_float: Candidate, times: Timed, decisions: list[str]
 ) -> Candidate | None:
     """Quantize only the layers that usually gain; None when float32 stays fastest."""
     worst = times.fastest(quantized)
@@ -165,7 +165,7 @@ def _baseline_of(candidate: Candidate, candidates: list[Candidate]) -> Candidate
     return next(c for c in candidates if c.target is candidate.target and c.is_baseline)
 
 
-class _Timed:
+class Timed:
     """Latencies of candidates; later measurements of the same engine replace earlier ones."""
 
     def __init__(self, args: Any, kwargs: Any, threads: int | None) -> None:

@@ -5,15 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -25,10 +22,12 @@ from fxcompress.errors import ArtifactError, CalibrationError, PassError, UsageE
 from fxcompress.ir import Program
 from fxcompress.prune.statistics import Loss
 from fxcompress.train_arguments import (
+    ByEpoch,
     Callback,
     MakeOptimizer,
     MakeScheduler,
     Model,
+    Stateful,
     check_arguments,
     check_callbacks,
     checked_loss,
@@ -36,6 +35,8 @@ from fxcompress.train_arguments import (
     make_optimizer,
     make_scheduler,
 )
+from fxcompress.train_parallel import Processes
+from fxcompress.train_progress import reporting
 
 __all__ = ["Callback", "EpochRecord", "History", "fine_tune"]
 
@@ -119,6 +120,10 @@ def fine_tune(
     the loader and its samplers are saved. What cannot be: random state that a loader hides elsewhere (workers that draw
     from NumPy, an iterable with a position of its own), and operators that are not deterministic (some CUDA kernels).
 
+    In several processes (``torchrun``, after ``torch.distributed.init_process_group``) gradients are averaged with
+    ``DistributedDataParallel``; each process reads its own share of the data (a ``DistributedSampler``), the first one
+    writes checkpoints and shows progress, and running statistics and scores are the first one's.
+
     Args:
         model: What to train; all of it is put in training mode, and back when it is done.
         train: Batches, read once an epoch: ``(inputs, label)``, or dicts by input name. They are moved to the model's
@@ -137,7 +142,8 @@ def fine_tune(
             callback do not count.
         checkpoint: Folder to save to after each epoch.
         resume: Go on from the checkpoint if there is one; otherwise it is replaced.
-        callbacks: Called behind every optimizer step, for example a ``PruningCallback``.
+        callbacks: Called behind every optimizer step, for example a ``PruningCallback``; those with a ``begin_epoch``,
+            like `QATCallback`, before each epoch too.
         progress: Show progress on stderr: a bar on a terminal, a line per epoch elsewhere.
 
     Returns:
@@ -151,6 +157,8 @@ def fine_tune(
     """
     check_arguments(model, train, epochs, scheduler, scheduler_interval)
     check_callbacks(model, train, epochs, callbacks)
+    processes = Processes.current()
+    processes.check(callbacks)
     if restore_best and evaluate is None:
         raise UsageError(306, "restore_best needs evaluate", fix="pass evaluate=function_of_a_model")
     chosen = make_optimizer(model.gm if isinstance(model, Program) else model, optimizer, lr)
@@ -166,12 +174,14 @@ def fine_tune(
         fixed_length=isinstance(scheduler, str),
         by_epoch=scheduler_interval == "epoch",
         evaluate=evaluate,
+        processes=processes,
     )
     modes = {name: module.training for name, module in run.module.named_modules()}
     try:
         if resume and run.folder is not None and checkpoints.exists(run.folder):
             run.resume(run.folder)
-        with _reporting(progress, run) as report:
+        run.begin()
+        with reporting(progress and processes.first, run) as report:
             for epoch in range(len(run.history.epochs), epochs):
                 report(run.epoch(epoch))
         return run.finish(restore_best)
@@ -196,9 +206,11 @@ class _Run:
     fixed_length: bool
     by_epoch: bool
     evaluate: Callable[[Any], float] | None
+    processes: Processes = field(default_factory=Processes)
     history: History = field(init=False)
     best: dict[str, Tensor] | None = None
     advance: Callable[[float], None] | None = None
+    forward: Callable[..., Any] = field(init=False)
 
     def __post_init__(self) -> None:
         self.history = History(self.model)
@@ -213,6 +225,10 @@ class _Run:
         """True when no callback will change the model any more."""
         return all(getattr(callback, "finished", True) for callback in self.callbacks)
 
+    def begin(self) -> None:
+        """Ready to train: called when the weights are those to begin with."""
+        self.forward = self.processes.parallel(self.model)
+
     def epoch(self, number: int) -> EpochRecord:
         """One pass over the data, the score, the checkpoint."""
         begin, total, samples = time.perf_counter(), 0.0, 0
@@ -220,6 +236,9 @@ class _Run:
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(number)
         self.module.train()
+        for callback in self.callbacks:
+            if isinstance(callback, ByEpoch):
+                callback.begin_epoch(number)
         for index, batch in enumerate(self.train):
             size, value = self._step(batch, f"epoch {number}, batch {index}")
             total, samples = total + value * size, samples + size
@@ -228,6 +247,9 @@ class _Run:
         if not samples:
             raise CalibrationError(300, "the training loader is empty", fix="pass at least one batch")
         self._check_weights(number)
+        self.processes.share_buffers(self.module)
+        total, everyone = self.processes.total(total, samples)
+        samples = int(everyone)
         rate = float(self.optimizer.param_groups[0]["lr"])
         score = self._score(number)
         if isinstance(self.scheduler, ReduceLROnPlateau):
@@ -245,7 +267,7 @@ class _Run:
         device = next(self.module.parameters()).device
         batch = pytree.tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, batch)
         args, kwargs = as_call(batch, self.model.signature.names if isinstance(self.model, Program) else None)
-        value = self.loss(self.model(*args, **kwargs), batch)
+        value = self.loss(self.forward(*args, **kwargs), batch)
         number = checked_loss(value, where, float(self.optimizer.param_groups[0]["lr"]))
         self.optimizer.zero_grad()
         value.backward()
@@ -261,14 +283,15 @@ class _Run:
         if isinstance(returned, Program) and returned is not self.model:
             self.model = self.history.model = returned
             self.module.train()
+            self.forward = self.processes.parallel(returned)
 
     def _score(self, number: int) -> float | None:
         if self.evaluate is None:
             return None
         self.module.eval()
         with torch.no_grad():
-            score = float(self.evaluate(self.model))
-        if math.isnan(score):
+            score = self.processes.first_value(float(self.evaluate(self.model)))
+        if score is not None and math.isnan(score):
             raise PassError(302, "evaluate gave NaN", where=f"epoch {number}", fix="check the function and its data")
         return score
 
@@ -296,16 +319,18 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "callbacks": [c.state_dict() if hasattr(c, "state_dict") else None for c in self.callbacks],
-            "random": checkpoints.random_state(self.train),
+            "random": self.processes.random_states(checkpoints.random_state(self.train)),
         }
-        checkpoints.write(self.folder, state, _tensors(self.module), self.best)
+        if self.processes.first:
+            checkpoints.write(self.folder, state, _tensors(self.module), self.best)
+        self.processes.wait()
 
     def resume(self, folder: Path) -> None:
         """Go on where the checkpoint stands."""
         state, weights, best = checkpoints.read(folder)
         self._check_fits(state, folder)
         for callback, saved in zip(self.callbacks, state["callbacks"], strict=True):
-            if saved is not None and isinstance(callback, _Stateful):
+            if saved is not None and isinstance(callback, Stateful):
                 self._adopt(callback.load_state_dict(saved, self.optimizer))
         _load_weights(self.module, weights, folder)
         self.optimizer.load_state_dict(state["optimizer"])
@@ -316,7 +341,7 @@ class _Run:
         self.history.best, self.history.notes = history["best"], history["notes"]
         self.history.resumed = len(self.history.epochs)
         self.best = best
-        checkpoints.restore_random_state(state["random"], self.train)
+        checkpoints.restore_random_state(self.processes.own_random_state(state["random"]), self.train)
 
     def _check_fits(self, state: Mapping[str, Any], folder: Path) -> None:
         found = type(self.optimizer).__name__
@@ -345,15 +370,6 @@ class _Run:
         return self.history
 
 
-@runtime_checkable
-class _Stateful(Protocol):
-    """A callback that goes into checkpoints."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: Mapping[str, Any], optimizer: Optimizer, /) -> Any: ...
-
-
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
 
@@ -369,31 +385,3 @@ def _load_weights(module: nn.Module, weights: Mapping[str, Tensor], folder: Path
         fix = "resume with the same model, another folder, or resume=False"
         raise ArtifactError(304, "the checkpoint is of another model", where=str(folder), why=why, fix=fix)
     module.load_state_dict(dict(weights), strict=False)
-
-
-# ------------------------------------------------------------------------------------------------ progress
-@contextmanager
-def _reporting(show: bool, run: _Run) -> Iterator[Callable[[EpochRecord], None]]:
-    """A bar on a terminal, a line per epoch elsewhere, nothing if not asked for."""
-    console = Console(stderr=True, highlight=False)
-    if not show:
-        yield lambda record: None
-    elif not console.is_terminal:
-        yield lambda record: console.print(_line(record, run.total), markup=False, soft_wrap=True)
-    else:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console, transient=True) as bar:
-            length = len(run.train) if hasattr(run.train, "__len__") else None
-            task = bar.add_task("training", total=length)
-            run.advance = lambda loss: bar.update(task, advance=1, description=f"loss {loss:.4f}")
-
-            def report(record: EpochRecord) -> None:
-                console.print(_line(record, run.total), markup=False)
-                bar.reset(task)
-
-            yield report
-
-
-def _line(record: EpochRecord, total: int) -> str:
-    score = "" if record.score is None else f"  score {record.score:.4f}"
-    return f"epoch {record.epoch + 1}/{total}  loss {record.loss:.4f}{score}  {record.seconds:.1f} s"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +17,12 @@ from fxcompress.ir import Program
 from fxcompress.prune.statistics import Loss, default_loss
 
 __all__ = [
+    "ByEpoch",
     "Callback",
     "MakeOptimizer",
     "MakeScheduler",
     "Model",
+    "Stateful",
     "check_arguments",
     "check_callbacks",
     "checked_loss",
@@ -39,13 +41,30 @@ _RATE = 1e-3
 class Callback(Protocol):
     """What `fine_tune` calls behind every optimizer step.
 
-    A callback with ``state_dict()`` and ``load_state_dict(state, optimizer)`` is written into checkpoints; the latter may
+    A callback with ``begin_epoch(number)`` is called before each epoch too, counted from 0, whether or not the run was
+    resumed. A callback with ``state_dict()`` and ``load_state_dict(state, optimizer)`` is written into checkpoints; the latter may
     return the program too. One with an attribute ``finished`` says when it stops changing the model, one with
     ``schedule`` (a pruning schedule) when it will.
     """
 
     def step(self, optimizer: Optimizer) -> Any:
         """Called after each optimizer step; a program that it returns is trained from then on."""
+
+
+@runtime_checkable
+class ByEpoch(Protocol):
+    """A callback that is told when an epoch begins."""
+
+    def begin_epoch(self, number: int, /) -> Any: ...
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """A callback that goes into checkpoints."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any], optimizer: Optimizer, /) -> Any: ...
 
 
 def check_arguments(model: Any, train: Any, epochs: Any, scheduler: Any, interval: str) -> None:

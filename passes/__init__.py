@@ -11,7 +11,10 @@ if __name__ != "fxcompress.passes":
         name=__name__,
     )
 
+from fxcompress.passes.adaround import AdaRound
+from fxcompress.passes.cast import Cast
 from fxcompress.passes.cleanup import EliminateCommonSubexpressions, EliminateDeadCode, RemoveIdentity
+from fxcompress.passes.equalize import EqualizeLayers
 from fxcompress.passes.fold_batchnorm import FoldBatchNorm
 from fxcompress.passes.fold_constants import FoldConstants
 from fxcompress.passes.fuse_activations import FuseActivations
@@ -20,11 +23,16 @@ from fxcompress.passes.quantize_dynamic import QuantizeDynamic
 from fxcompress.passes.quantize_static import QuantizeStatic
 from fxcompress.passes.quantize_weights import QuantizeWeights
 from fxcompress.passes.remove_blocks import RemoveBlocks
+from fxcompress.passes.rotate import Rotate
+from fxcompress.passes.smooth_quant import SmoothQuant
 from fxcompress.passes.sparsify import Sparsify
 
 __all__ = [
+    "AdaRound",
+    "Cast",
     "EliminateCommonSubexpressions",
     "EliminateDeadCode",
+    "EqualizeLayers",
     "FoldBatchNorm",
     "FoldConstants",
     "FuseActivations",
@@ -34,5 +42,7 @@ __all__ = [
     "QuantizeWeights",
     "RemoveBlocks",
     "RemoveIdentity",
+    "Rotate",
+    "SmoothQuant",
     "Sparsify",
 ]

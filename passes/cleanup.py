@@ -49,14 +49,20 @@ class RemoveIdentity(Pass):
         """Bypass every such node."""
         changes = []
         for node in list(program.graph.nodes):
-            if _is_identity(program, node):
+            if is_identity(program, node):
                 node.replace_all_uses_with(node.all_input_nodes[0])
                 program.graph.erase_node(node)
                 changes.append(f"removed {node.name}")
         return Result(program, changes)
 
 
-def _is_identity(program: Program, node: Node) -> bool:
+def is_dropout(program: Program, node: Node) -> bool:
+    """True for a dropout layer: the identity in eval mode only."""
+    return node.op == "call_module" and isinstance(program.module(node), _DROPOUTS)
+
+
+def is_identity(program: Program, node: Node) -> bool:
+    """True for what gives its first input in eval mode."""
     if node.target is _aten.cat.default:
         return isinstance(node.args[0], (list, tuple)) and len(node.args[0]) == 1
     if not node.args or not isinstance(node.args[0], Node):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from fxcompress.data import all_finite
+from fxcompress.folding import fold_bias, fold_weight, norm_affine
 from fxcompress.ir import Program
 from fxcompress.layers import WEIGHTED_LAYERS, TransposedLinear
 from fxcompress.passbase import Context, Pass, Result
@@ -48,7 +49,8 @@ def _module_is(program: Program, node: Any, kinds: tuple[type[nn.Module], ...]) 
     return plain and type(program.module(node)) in kinds
 
 
-def _match_forwards(program: Program, node: Node) -> Match | None:
+def match_forwards(program: Program, node: Node) -> Match | None:
+    """A norm behind a layer."""
     if _module_is(program, node, _NORMS) and _module_is(program, node.args[0], WEIGHTED_LAYERS):
         return Match(node, {"layer": node.args[0], "norm": node, "first": node.args[0]})
     return None
@@ -61,21 +63,22 @@ def _match_backwards(program: Program, node: Node) -> Match | None:
 
 
 def _check_forwards(analysis: Analysis, match: Match) -> str | None:
-    return _check_common(analysis, match) or _fold(analysis.program, match, _folded_forwards)
+    return check_common(analysis, match) or _fold(analysis.program, match, _folded_forwards)
 
 
 def _check_backwards(analysis: Analysis, match: Match) -> str | None:
-    reason = _check_common(analysis, match)
+    reason = check_common(analysis, match)
     if reason:
         return reason
     layer = analysis.program.module(match["layer"])
-    _, shift = _scale_shift(analysis.program.module(match["norm"]))
+    _, shift = _affine(analysis.program.module(match["norm"]))
     if _pads_with_zeros(layer) and bool((shift != 0).any()):
         return "the convolution pads with zeros, which the norm would have shifted"
     return _fold(analysis.program, match, _folded_backwards)
 
 
-def _check_common(analysis: Analysis, match: Match) -> str | None:
+def check_common(analysis: Analysis, match: Match) -> str | None:
+    """Why a layer and a norm next to each other cannot become one, whichever comes first."""
     program = analysis.program
     layer, norm = match["layer"], match["norm"]
     for role, node in (("layer", layer), ("norm", norm)):
@@ -112,19 +115,16 @@ def _pads_with_zeros(layer: Any) -> bool:
     return any(padding) if isinstance(padding, tuple) else bool(padding)
 
 
-def _scale_shift(norm: Any) -> tuple[Tensor, Tensor]:
+def _affine(norm: Any) -> tuple[Tensor, Tensor]:
     """``s`` and ``t`` in float64 with ``BN(x) = s x + t``."""
-    scale = torch.rsqrt(norm.running_var.double() + norm.eps)
-    if norm.weight is not None:
-        scale = scale * norm.weight.detach().double()
-    shift = -norm.running_mean.double() * scale
-    return scale, shift if norm.bias is None else shift + norm.bias.detach().double()
+    gamma, beta = (None if p is None else p.detach() for p in (norm.weight, norm.bias))
+    return norm_affine(gamma, beta, norm.running_mean, norm.running_var, norm.eps)
 
 
 def _fold(program: Program, match: Match, folded: Any) -> str | None:
     """Keep the folded weight and bias for the replacement; a reason when the weight's dtype cannot hold them."""
     layer: Any = program.module(match["layer"])
-    weight, bias = folded(layer, *_scale_shift(program.module(match["norm"])))
+    weight, bias = folded(layer, *_affine(program.module(match["norm"])))
     dtype = layer.weight.dtype
     match.nodes["weight"], match.nodes["bias"] = weight.to(dtype), bias.to(dtype)
     finite = all_finite(match["weight"]) and all_finite(match["bias"])
@@ -132,7 +132,8 @@ def _fold(program: Program, match: Match, folded: Any) -> str | None:
 
 
 def _folded_forwards(layer: Any, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    return layer.weight.detach() * _per_output(layer, scale), _bias(layer) * scale + shift
+    bias = None if layer.bias is None else layer.bias.detach()
+    return fold_weight(layer, layer.weight.detach(), scale), fold_bias(bias, scale, shift)
 
 
 def _folded_backwards(layer: Any, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,17 +148,6 @@ def _bias(layer: Any) -> Tensor:
         return cast(Tensor, layer.bias.detach().double())
     size = layer.out_features if isinstance(layer, _LINEAR) else layer.out_channels
     return torch.zeros(size, dtype=torch.float64, device=layer.weight.device)
-
-
-def _per_output(layer: Any, values: Tensor) -> Tensor:
-    """Values per output channel, shaped to multiply ``layer.weight``."""
-    weight = layer.weight
-    if isinstance(layer, TransposedLinear):
-        return values
-    if not isinstance(layer, _TRANSPOSED):
-        return values.reshape(-1, *[1] * (weight.dim() - 1))
-    grouped = values.reshape(layer.groups, 1, -1).expand(-1, weight.shape[0] // layer.groups, -1)
-    return grouped.reshape(*weight.shape[:2], *[1] * (weight.dim() - 2))  # [in, out / groups, 1 ...]
 
 
 def _per_input(layer: Any, values: Tensor) -> Tensor:
@@ -187,5 +177,5 @@ def _replace(program: Program, match: Match) -> str:
     return f"{norm.target} into {match['layer'].target}"
 
 
-_FORWARDS = Rule("fold norm forwards", _match_forwards, _check_forwards, _replace)
+_FORWARDS = Rule("fold norm forwards", match_forwards, _check_forwards, _replace)
 _BACKWARDS = Rule("fold norm backwards", _match_backwards, _check_backwards, _replace)

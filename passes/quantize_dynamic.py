@@ -1,10 +1,12 @@
-"""QuantizeDynamic: weights to integers ahead of time, activations of linear layers to 8 bits at run time."""
+"""QuantizeDynamic: weights to integers ahead of time, activations to 8 bits at run time."""
 
 from __future__ import annotations
 
+import fnmatch
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
+from torch import nn
 from torch.fx import Node
 
 from fxcompress.errors import PassError, UsageError
@@ -12,24 +14,36 @@ from fxcompress.ir import Program
 from fxcompress.passbase import Context, Pass, Result
 from fxcompress.quant.fake_quantize import QUANTIZERS, DynamicFakeQuantize
 from fxcompress.quant.insertion import add_quantizer
-from fxcompress.quant.layer_weights import as_globs, check_weight, linear_layers, quantize_weight, weight_quantizer
+from fxcompress.quant.layer_weights import (
+    as_globs,
+    check_weight,
+    finite_weight,
+    linear_layers,
+    quantize_weight,
+    weight_quantizer,
+)
 from fxcompress.quant.placement import layer_name
 from fxcompress.quant.scheme import QuantScheme
+from fxcompress.quant.sequence_layers import quantized_layer
 from fxcompress.quant.spec import QuantSpec
+from fxcompress.rewrite import put_layer
 
 __all__ = ["QuantizeDynamic"]
 
 
 @dataclass(frozen=True)
 class QuantizeDynamic(Pass):
-    """Quantize linear layers without calibration data: activations get their scales as they come.
+    """Quantize linear layers, LSTMs and GRUs without calibration data: activations get their scales as they come.
 
-    Every token has its own scale, or one for each block of features, as the target's kernels want it. Behind
-    ``QuantizeWeights`` this pass keeps the weights' grids and quantizes the activations only.
+    In front of linear layers every token has its own scale, or one for each block of features, as the target's kernels
+    want it. Behind ``QuantizeWeights`` this pass keeps the weights' grids and quantizes the activations only. LSTMs get
+    8-bit weights, and activations as ONNX Runtime's operator quantizes them where that is the target; GRUs get 8-bit
+    weights, which are unpacked when an engine is loaded.
 
     Attributes:
-        weight_bits: 8, or 4 for weights that are packed in pairs; one scale per output feature. Weights that were
-            quantized before keep what they have.
+        weight_bits: 8, or 4 for weights of linear layers that are packed in pairs; one scale per output feature. Weights
+            that were quantized before keep what they have.
+        embeddings: Store embedding tables in 8 bits, too, with one scale per row.
         calibrator: Range of a weight row: ``minmax`` or ``mse``.
         include: Globs over layer names: only these.
         ignore: Globs over layer names to leave in floating point.
@@ -40,6 +54,7 @@ class QuantizeDynamic(Pass):
 
     exact: ClassVar[bool] = False
     weight_bits: int = 8
+    embeddings: bool = False
     calibrator: Literal["minmax", "mse"] = "mse"
     include: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
@@ -68,22 +83,47 @@ class QuantizeDynamic(Pass):
         """Attach grids to weights, and one dynamic quantizer to every value that quantized layers read."""
         scheme = context.scheme or QuantScheme()
         chosen, notes = linear_layers(program, self.include, self.ignore, rounded=True)
-        if not chosen:
-            raise PassError(37, "there is no linear layer for dynamic quantization", why="; ".join(notes) or "none")
-        spec = self._weight_grid(scheme)
+        names = dict.fromkeys(layer_name(n) for n in chosen) | dict.fromkeys(self._others(program, scheme, notes))
+        if not names:
+            raise PassError(37, "there is no layer for dynamic quantization", why="; ".join(notes) or "none")
+        spec = _weight_grid(scheme, self.weight_bits)
         for node in chosen:
             check_weight(program, node)
             quantize_weight(program, node, spec, self.calibrator)
         _insert(program, chosen, scheme)
-        names = dict.fromkeys(layer_name(n) for n in chosen)
         return Result(program, [f"quantized {n}" for n in names], notes=notes, metrics={"layers": len(names)})
 
-    def _weight_grid(self, scheme: QuantScheme) -> QuantSpec:
-        """8-bit weights as the target wants them (7 bits where its sums saturate), 4-bit ones on the whole range."""
-        half = 1 << (self.weight_bits - 1)
-        wanted = scheme.weight if self.weight_bits == 8 and scheme.weight.signed and scheme.weight.bits == 8 else None
-        low, high = (1 - half, half - 1) if wanted is None else (wanted.qmin, wanted.qmax)
-        return QuantSpec(self.weight_bits, signed=True, symmetric=True, axis=0, qmin=low, qmax=high)
+    def _others(self, program: Program, scheme: QuantScheme, notes: list[str]) -> list[str]:
+        """Replace recurrent layers and embeddings that are asked for; their names."""
+        kinds: tuple[type[nn.Module], ...] = (nn.LSTM, nn.GRU, *([nn.Embedding] if self.embeddings else []))
+        layers = {str(n.target): m for n, m in program.layers() if type(m) in kinds}
+        for name in list(layers):
+            kept = "ignored" if _matches(name, self.ignore) else ""
+            kept = kept or ("not included" if self.include and not _matches(name, self.include) else "")
+            if kept:
+                notes.append(f"{name} stays float: {kept}")
+                del layers[name]
+        for name, module in layers.items():
+            for parameter in module.parameters(recurse=False):
+                finite_weight(parameter, name)
+            dynamic = scheme.dynamic_lstm and isinstance(module, nn.LSTM)
+            spec = _weight_grid(scheme, 8) if dynamic else _weight_grid(QuantScheme(), 8)
+            put_layer(program, name, quantized_layer(module, spec, self.calibrator, dynamic=dynamic))
+            if not dynamic and not isinstance(module, nn.Embedding):
+                notes.append(f"{name}: weights in 8 bits, computed in float (the target has no integer kernel for it)")
+        return list(layers)
+
+
+def _matches(name: str, globs: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, g) for g in globs)
+
+
+def _weight_grid(scheme: QuantScheme, bits: int) -> QuantSpec:
+    """8-bit weights as the target wants them (7 bits where its sums saturate), 4-bit ones on the whole range."""
+    half = 1 << (bits - 1)
+    wanted = scheme.weight if bits == 8 and scheme.weight.signed and scheme.weight.bits == 8 else None
+    low, high = (1 - half, half - 1) if wanted is None else (wanted.qmin, wanted.qmax)
+    return QuantSpec(bits, signed=True, symmetric=True, axis=0, qmin=low, qmax=high)
 
 
 def _insert(program: Program, layers: list[Node], scheme: QuantScheme) -> None:

@@ -8,11 +8,11 @@ from typing import ClassVar, Literal
 from fxcompress.data import CalibrationData
 from fxcompress.errors import PassError
 from fxcompress.ir import Program
+from fxcompress.layerwise.store import WeightStore
 from fxcompress.passbase import Context, Pass, Result
 from fxcompress.sparse.api import Outcome, make_sparse
 from fxcompress.sparse.masks import SparsityMasks
 from fxcompress.sparse.settings import Settings
-from fxcompress.sparse.store import WeightStore
 
 __all__ = ["Sparsify"]
 
@@ -80,9 +80,6 @@ class Sparsify(Pass):
         changes = [f"{how} zeros in {name}: {share:.1%}" for name, share in found.layers.items()]
         notes = list(outcome.notes)
         if self.settings.calibrated and data is not None and self.sequential:
-            if data.skipped:
-                notes.append(f"{data.skipped} calibration batches held NaN or infinity and were skipped")
-            if data.seen < self.samples:
-                notes.append(f"calibrated on {data.seen} samples, {self.samples} asked for")
+            notes += data.notes(self.samples)
         metrics = {"layers": len(found.zeros), "sparsity": found.total, "zeros": sum(found.zeros.values())}
         return Result(program, outcome.permuted + changes, notes=notes, metrics=metrics)

@@ -193,10 +193,12 @@ def test_recipe_round_trip(pass_: Pass) -> None:
 
 def test_recipe_holds_every_option() -> None:
     given = {"calibrator": "entropy", "weight_calibrator": "minmax", "bias_correction": False, "samples": 7}
-    assert QuantizeStatic(**given, ignore=("a", "b")).to_dict() == {  # type: ignore[arg-type]
+    given |= {"weight_bits": 4}
+    assert QuantizeStatic(**given, ignore=("a", "b"), eight_bits=("c",)).to_dict() == {  # type: ignore[arg-type]
         "name": "QuantizeStatic",
         **given,
         "ignore": ["a", "b"],
+        "eight_bits": ["c"],
     }
 
 

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor
+from torch.fx import Node
 
 from fxcompress.engines.signature import IOSignature
 from fxcompress.environment import physical_cores
 from fxcompress.errors import MissingRuntimeError, UsageError
 from fxcompress.ir import Program
-from fxcompress.quant.fake_quantize import FakeQuantize
+from fxcompress.quant.fake_quantize import QUANTIZERS, FakeQuantize
 from fxcompress.quant.scheme import QuantScheme
 
 if TYPE_CHECKING:
@@ -298,7 +299,11 @@ def check_threads(threads: int | None) -> int:
 
 
 def full_range_weights(program: Program) -> bool:
-    """True when a weight uses more than 7 bits: its products only add up with `has_vnni`."""
+    """True when integers are multiplied by weights of more than 7 bits: such products only add up with `has_vnni`."""
+    quantizers = [n for n, m in program.layers() if isinstance(m, QUANTIZERS)]
+    dynamic = any(getattr(m, "dynamic", False) for m in program.gm.modules())
+    if not dynamic and not any(isinstance(n.args[0], Node) and n.args[0].op != "get_attr" for n in quantizers):
+        return False  # activations stay float
     grids = [m.spec for m in program.gm.modules() if isinstance(m, FakeQuantize)]
     return any(grid.signed and grid.symmetric and grid.steps > 127 for grid in grids)
 

@@ -22,12 +22,13 @@ from fxcompress.engines.base import (
     require,
 )
 from fxcompress.engines.ort_linear import gemm_form
+from fxcompress.engines.ort_packed import packed_products
 from fxcompress.engines.quantized import Grid, Realizer
 from fxcompress.engines.signature import IOSignature
 from fxcompress.environment import has_vnni
 from fxcompress.errors import EngineError
 from fxcompress.ir import Program
-from fxcompress.lowering import PortableModel, lower
+from fxcompress.lowering import HALF, PortableModel, lower, widened
 from fxcompress.quant.scheme import QuantScheme
 from fxcompress.quant.spec import QuantSpec
 
@@ -50,7 +51,7 @@ class OnnxRuntimeEngine(Engine):
     def _load(self, shapes: Shapes | None) -> Runner:
         sizes = {} if shapes is None else free_sizes(self.signature, shapes)
         session = open_session(str(self.folder / MODEL), self.threads, sizes)
-        return _Session(session, self.signature, [s.name for s in self.signature.tensor_outputs()])
+        return _Session(session, self.signature, [s.name for s in self.signature.tensor_outputs()], narrow=True)
 
     def worker_job(self, inputs: Sequence[Tensor]) -> dict[str, Any]:
         """The session with the sizes of ``inputs``."""
@@ -72,12 +73,20 @@ class OnnxRuntimeEngine(Engine):
 
 
 class _Session:
-    """Runs a session on torch tensors; ONNX Runtime sessions may be run from several threads at once."""
+    """Runs a session on torch tensors; ONNX Runtime sessions may be run from several threads at once.
 
-    def __init__(self, session: Any, signature: IOSignature, outputs: list[str]) -> None:
+    Args:
+        session: The session.
+        signature: Inputs and outputs of the engine.
+        outputs: Names of the values to give back.
+        narrow: They are the engine's outputs: give them back in the signature's 16-bit dtypes.
+    """
+
+    def __init__(self, session: Any, signature: IOSignature, outputs: list[str], *, narrow: bool = False) -> None:
         self._run = session.run
         self._inputs = [s.name for s in signature.tensor_inputs()]
         self._outputs = outputs
+        self._narrow = half_outputs(signature) if narrow else {}
         self.session = session
 
     def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
@@ -86,12 +95,25 @@ class _Session:
             results = self._run(self._outputs, feed)
         except Exception as error:  # the runtime's errors have no common base class of their own
             raise EngineError(10, "ONNX Runtime failed", why=str(error)[:800]) from error
-        return [torch.from_numpy(r) if isinstance(r, np.ndarray) else torch.tensor(r) for r in results]
+        return narrowed(
+            [torch.from_numpy(r) if isinstance(r, np.ndarray) else torch.tensor(r) for r in results], self._narrow
+        )
+
+
+def half_outputs(signature: IOSignature) -> dict[int, torch.dtype]:
+    """Outputs that the engine gives in 16 bits and its file in float32."""
+    return {i: s.torch_dtype for i, s in enumerate(signature.tensor_outputs()) if s.torch_dtype in HALF}
+
+
+def narrowed(values: list[Tensor], dtypes: dict[int, torch.dtype]) -> list[Tensor]:
+    """``values`` with those at some places in other dtypes."""
+    return [v.to(dtypes[i]) if i in dtypes else v for i, v in enumerate(values)] if dtypes else values
 
 
 def as_numpy(x: Tensor) -> Any:
-    """A contiguous view (or copy) of a CPU tensor."""
+    """A contiguous view (or copy) of a CPU tensor; 16-bit floats as float32, which is what the files read."""
     x = x.detach() if x.requires_grad else x
+    x = x.float() if x.dtype in HALF else x
     return x.numpy() if x.is_contiguous() else x.contiguous().numpy()
 
 
@@ -193,15 +215,18 @@ class OnnxRuntimeTarget:
             fused_residual=False,
             integer_bias=True,
             requantize_cat=True,
+            dynamic_block_packed=128,
+            dynamic_lstm=True,
             reason="" if exact else "no VNNI: 7-bit weights keep 16-bit sums of ONNX Runtime's kernels from saturating",
         )
 
     def build(self, model: Program | PortableModel, *, threads: int | None = None) -> Engine:
         """Build an engine; see ``Target.build``."""
         require(self)
-        portable = model if isinstance(model, PortableModel) else lower(model)
+        portable = widened(model if isinstance(model, PortableModel) else lower(model))
         threads = check_threads(threads)
-        ready = Realizer(portable, quantize_dequantize, integer_bias=True, linear_form=gemm_form).run()
+        forms: dict[str, Any] = {"linear_form": gemm_form, "packed": packed_products}
+        ready = Realizer(portable, quantize_dequantize, integer_bias=True, **forms).run()
         scratch = Scratch()
         try:
             files = write_onnx(ready, scratch.path)

@@ -22,13 +22,14 @@ from fxcompress.engines.base import (
     register,
     require,
 )
-from fxcompress.engines.onnxruntime import as_numpy, renamed, write_onnx
+from fxcompress.engines.onnxruntime import as_numpy, half_outputs, narrowed, renamed, write_onnx
+from fxcompress.engines.openvino_packed import PackedProducts
 from fxcompress.engines.quantized import Grid, Realizer
 from fxcompress.engines.signature import IOSignature
 from fxcompress.environment import has_vnni
 from fxcompress.errors import EngineError
 from fxcompress.ir import Program
-from fxcompress.lowering import DOMAIN, PortableModel, lower
+from fxcompress.lowering import DOMAIN, HALF, PortableModel, lower, widened
 from fxcompress.quant.scheme import QuantScheme
 from fxcompress.quant.spec import QuantSpec
 
@@ -51,13 +52,16 @@ class OpenVinoEngine(Engine):
         model = read_model(self.folder / MODEL)
         if shapes is not None:
             self._fix_shapes(model, shapes)
-        return _Requests(compile_model(model, self.threads), self._order(model))
+        return _Requests(self._compile(model), self._order(model), narrow=half_outputs(self.signature))
+
+    def _compile(self, model: Any) -> Any:
+        return compile_model(model, self.threads, self.details.get("dynamic_block", 0))
 
     def worker_job(self, inputs: Sequence[Tensor]) -> dict[str, Any]:
         """The compiled model with the sizes of ``inputs``."""
         del inputs
         names = [s.name for s in self.signature.tensor_inputs()]
-        options = compile_options(self.threads)
+        options = compile_options(self.threads, self.details.get("dynamic_block", 0))
         return {"runtime": "openvino", "model": str(self.folder / MODEL), "names": names, "options": options}
 
     def _load_tapped(self, names: tuple[str, ...]) -> Runner:
@@ -68,7 +72,7 @@ class OpenVinoEngine(Engine):
         distinct = list(dict.fromkeys(values))
         for value in distinct:
             model.add_outputs([outputs[value].output(0)])
-        runner = _Requests(compile_model(model, self.threads), self._order(model), reused=False)
+        runner = _Requests(self._compile(model), self._order(model), reused=False)
         return lambda inputs: _pick(runner(inputs), [count + distinct.index(v) for v in values])
 
     def _fix_shapes(self, model: Any, shapes: Shapes) -> None:
@@ -92,15 +96,24 @@ class _Requests:
         compiled: The model.
         order: Place of each input among the model's.
         reused: False: a request for each call, whose memory the results keep.
+        narrow: Results to give back in other dtypes, by place.
     """
 
-    def __init__(self, compiled: Any, order: list[int], *, reused: bool = True) -> None:
+    def __init__(
+        self,
+        compiled: Any,
+        order: list[int],
+        *,
+        reused: bool = True,
+        narrow: dict[int, torch.dtype] | None = None,
+    ) -> None:
         import openvino as ov
 
         self.compiled = compiled
         self._tensor = ov.Tensor
         self._order = order
         self._reused = reused
+        self._narrow = narrow or {}
         self._outputs = range(len(compiled.outputs))
         self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
@@ -116,7 +129,7 @@ class _Requests:
             request.infer.infer()
             found = [request.infer.get_output_tensor(i).data for i in self._outputs]
             # The request's memory is written again by its next call.
-            return [torch.from_numpy(x.copy() if self._reused else x) for x in found]
+            return narrowed([torch.from_numpy(x.copy() if self._reused else x) for x in found], self._narrow)
         except RuntimeError as error:
             raise EngineError(20, "OpenVINO failed", why=str(error)[:800]) from error
         finally:
@@ -126,7 +139,8 @@ class _Requests:
     def _set(self, request: _Request, arrays: list[Any], inputs: list[Tensor]) -> None:
         """Point the request at the arrays. It is left pointing at memory that comes again with the same shape."""
         for number, (array, x) in enumerate(zip(arrays, inputs, strict=True)):
-            seen = (x.data_ptr(), x.shape) if x.is_contiguous() else None  # else the array is a copy
+            is_view = x.is_contiguous() and x.dtype not in HALF  # else the array is a copy
+            seen = (x.data_ptr(), x.shape) if is_view else None
             if seen is None or request.seen[number] != seen:
                 request.infer.set_input_tensor(self._order[number], self._tensor(array, shared_memory=True))
                 request.seen[number] = seen
@@ -152,17 +166,24 @@ def read_model(path: Path) -> Any:
         del ov
 
 
-def compile_model(model: Any, threads: int) -> Any:
+def compile_model(model: Any, threads: int, dynamic_block: int = 0) -> Any:
     """The model compiled for one synchronous call at a time, in float32 where it is not quantized."""
     try:
-        return _core().compile_model(model, "CPU", compile_options(threads))
+        return _core().compile_model(model, "CPU", compile_options(threads, dynamic_block))
     except RuntimeError as error:
         raise EngineError(22, "OpenVINO cannot compile the model", why=str(error)[:800]) from error
 
 
-def compile_options(threads: int) -> dict[str, Any]:
-    """One stream on ``threads`` threads; float32 also where the processor has faster 16-bit floats."""
+def compile_options(threads: int, dynamic_block: int = 0) -> dict[str, Any]:
+    """One stream on ``threads`` threads; float32 also where the processor has faster 16-bit floats.
+
+    Args:
+        threads: Threads of one call.
+        dynamic_block: Inputs of products with compressed weights are quantized in blocks of so many features; 0: they are
+            not, which is not the plug-in's default.
+    """
     return {
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": dynamic_block,
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": threads,
         "INFERENCE_PRECISION_HINT": "f32",
@@ -180,6 +201,8 @@ def fake_quantize(r: Realizer, node: ir.Node, grid: Grid) -> ir.Value:
     """OpenVINO's FakeQuantize: ``qmax - qmin + 1`` levels between two real limits."""
     x = node.inputs[0]
     assert x is not None
+    if _would_not_round(node):
+        x = _unchanged(r, node, x)
     low, high = grid.limits()
     if grid.axis >= 0:
         rank = len(x.shape) if x.shape is not None else grid.axis + 1
@@ -190,6 +213,26 @@ def fake_quantize(r: Realizer, node: ir.Node, grid: Grid) -> ir.Value:
     return r.emit(node, "FakeQuantize", x, *ends, *ends, name=str(node.name), domain=_DOMAIN, levels=levels)
 
 
+def _would_not_round(node: ir.Node) -> bool:
+    """True where the plug-in would only clip.
+
+    When one kernel computes a convolution, a FakeQuantize, an add and the FakeQuantize behind it, the plug-in leaves out
+    the rounding of the first one, if it comes right behind the convolution.
+    """
+    maker = node.inputs[0].producer() if node.inputs[0] is not None else None
+    while maker is not None and maker.op_type in ("Relu", "Clip") and maker.inputs[0] is not None:
+        maker = maker.inputs[0].producer()
+    behind_convolution = maker is not None and maker.op_type == "Conv"
+    return behind_convolution and any(use.node.op_type == "Add" for use in node.outputs[0].uses())
+
+
+def _unchanged(r: Realizer, node: ir.Node, x: ir.Value) -> ir.Value:
+    """``x`` behind an operator that changes nothing, that OpenVINO does not remove, and that joins the same kernel."""
+    same = r.emit(node, "LeakyRelu", x, name=f"{node.name}/unchanged", alpha=1.0)
+    same.shape, same.type = x.shape, x.type
+    return same
+
+
 def sink_quantizers(portable: PortableModel) -> PortableModel:
     """A copy with fake-quantizers behind the Transpose and Reshape nodes that alone read them.
 
@@ -197,7 +240,8 @@ def sink_quantizers(portable: PortableModel) -> PortableModel:
     (measured on MiniLM: 8 % of the latency).
     """
     new = portable.clone()
-    for node in [n for n in new.model.graph if n.domain == DOMAIN and n.attributes["axis"].as_int() < 0]:
+    quantizers = [n for n in new.model.graph if n.domain == DOMAIN and n.op_type == "FakeQuantize"]
+    for node in [n for n in quantizers if n.attributes["axis"].as_int() < 0]:
         while (mover := _sole_mover(node)) is not None:
             _swap(new, node, mover)
     return new
@@ -252,15 +296,19 @@ class OpenVinoTarget:
             weight=QuantSpec(8, signed=True, symmetric=True, axis=0, qmin=low, qmax=high),
             joins=("add", "cat", "avg_pool"),
             fused_residual=False,  # it does fuse, but only an add of two quantized values with fixed shapes
+            dynamic_block=64,
+            dynamic_block_packed=64,
+            dynamic_uniform=True,
             reason="" if exact else "no VNNI: 7-bit weights keep 16-bit sums of OpenVINO's kernels from saturating",
         )
 
     def build(self, model: Program | PortableModel, *, threads: int | None = None) -> Engine:
         """Build an engine; see ``Target.build``."""
         require(self)
-        portable = model if isinstance(model, PortableModel) else lower(model)
+        portable = widened(model if isinstance(model, PortableModel) else lower(model))
         threads = check_threads(threads)
-        ready = Realizer(sink_quantizers(portable), fake_quantize).run()
+        packed = PackedProducts()
+        ready = Realizer(sink_quantizers(portable), fake_quantize, packed=packed).run()
         scratch = Scratch()
         try:
             taps = write_openvino(ready, scratch.path)
@@ -269,6 +317,7 @@ class OpenVinoTarget:
                 "files": [MODEL, WEIGHTS],
                 "taps": taps,
                 "full_range_weights": full_range_weights(portable.program),
+                "dynamic_block": packed.block,
             }
             options: dict[str, Any] = {"threads": threads, "details": details, "notes": ready.notes}
             engine = OpenVinoEngine(scratch.path, signature, program=portable.program, **options)

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
     from fxcompress.engines.quantized import Realizer
 
-__all__ = ["gemm_form"]
+__all__ = ["bias_behind", "gemm_form"]
 
 
 def gemm_form(r: Realizer) -> None:
@@ -28,7 +28,7 @@ def gemm_form(r: Realizer) -> None:
 
 
 def _rewrite(r: Realizer, node: ir.Node, x: ir.Value, weight: ir.Value) -> None:
-    bias, last = _bias_behind(node)
+    bias, last = bias_behind(node)
     name, result = str(node.name).removesuffix("/MatMul"), last.outputs[0]
     width, features = r.weight_shape(weight)
     flat = r.emit(node, "Reshape", x, r.shape_constant([-1, width]), name=f"{name}/Reshape_in")
@@ -42,7 +42,7 @@ def _rewrite(r: Realizer, node: ir.Node, x: ir.Value, weight: ir.Value) -> None:
         r.graph.remove(old, safe=True)
 
 
-def _bias_behind(node: ir.Node) -> tuple[ir.Value | None, ir.Node]:
+def bias_behind(node: ir.Node) -> tuple[ir.Value | None, ir.Node]:
     """The bias of an Add that is the only reader of the product, and that Add."""
     uses = list(node.outputs[0].uses())
     if len(uses) == 1 and uses[0].node.op_type == "Add" and not node.outputs[0].is_graph_output():

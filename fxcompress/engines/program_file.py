@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import math
 import operator
+import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from fxcompress.ir import Program, source_line
 from fxcompress.layers import Activation, TransposedLinear
 from fxcompress.lowering.builder import tap_names
 from fxcompress.quant.fake_quantize import DynamicFakeQuantize, FakeQuantize
+from fxcompress.quant.sequence_layers import QuantizedEmbedding, QuantizedGRU, QuantizedLSTM
 from fxcompress.quant.spec import QuantSpec
 
 __all__ = ["GRAPH", "WEIGHTS", "describe_graph", "distinct", "make_graph", "make_module", "read_graph", "write_graph"]
@@ -59,7 +61,7 @@ _TORCH_LAYERS: tuple[type[nn.Module], ...] = (
         nn.AlphaDropout,
         nn.FeatureAlphaDropout,
     ),
-    *(TransposedLinear, FakeQuantize, DynamicFakeQuantize),
+    *(TransposedLinear, FakeQuantize, DynamicFakeQuantize, QuantizedEmbedding, QuantizedGRU, QuantizedLSTM),
 )
 _LAYERS: dict[str, type[nn.Module]] = {
     **{kind.__name__: kind for kind in _TORCH_LAYERS},
@@ -150,9 +152,9 @@ def _module_json(module: nn.Module, path: str, tensors: dict[str, Tensor], modul
     }
     for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
         tensors[f"{path}.{name}"] = tensor
-    quantizer = getattr(module, "weight_fake_quantize", None)
-    if quantizer is not None:
-        _module_json(quantizer, f"{path}.weight_fake_quantize", tensors, modules)
+    for name, child in module._modules.items():
+        if child is not None and name.endswith("_fake_quantize"):
+            _module_json(child, f"{path}.{name}", tensors, modules)
 
 
 def _private(module: nn.Module) -> tuple[str, ...]:
@@ -264,6 +266,7 @@ def make_module(path: str, entry: dict[str, Any], tensors: dict[str, Tensor]) ->
         module.observer = None
     if isinstance(module, nn.RNNBase):
         module._flat_weights = [getattr(module, n) for n in module._flat_weights_names]
+        module._flat_weight_refs = [weakref.ref(cast(Any, w)) for w in module._flat_weights]
     return module
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
+from fxcompress.engines.packed import emulate
+from fxcompress.engines.stored_tables import write_tables
 from fxcompress.errors import EngineError
 from fxcompress.lowering import DOMAIN, PortableModel
 from fxcompress.lowering.portable import prune
@@ -35,6 +37,7 @@ class Grid:
         axis: Channel axis, -1 for one scale.
         qmin: Smallest integer.
         qmax: Largest integer.
+        group: Values along the other dimension that share a scale, which is then [channels, groups]; 0: all.
     """
 
     scale: Tensor
@@ -42,6 +45,7 @@ class Grid:
     axis: int
     qmin: int
     qmax: int
+    group: int = 0
 
     @property
     def container(self) -> torch.dtype:
@@ -87,6 +91,7 @@ class Realizer:
         activation: Emits the engine's form of a FakeQuantize on an activation: ``(realizer, node, grid) -> new value``.
         integer_bias: Store biases of quantized layers as int32.
         linear_form: Rewrites quantized matrix products before the biases are stored.
+        packed: Rewrites the products of `packed.find_products`.
     """
 
     def __init__(
@@ -96,6 +101,7 @@ class Realizer:
         *,
         integer_bias: bool = False,
         linear_form: Callable[[Realizer], None] | None = None,
+        packed: Callable[[Realizer], None] | None = None,
     ) -> None:
         import onnx_ir as ir
 
@@ -105,6 +111,8 @@ class Realizer:
         self.activation = activation
         self.integer_bias = integer_bias
         self.linear_form = linear_form
+        self.packed = packed
+        self.memo: dict[Any, Any] = {}
         self.notes: list[str] = []
         self.activation_scales: dict[int, Tensor] = {}
         self.weights: dict[int, _Weight] = {}
@@ -112,8 +120,14 @@ class Realizer:
 
     def run(self) -> PortableModel:
         """Rewrite every FakeQuantize node; what was left out is in the notes."""
+        if self.packed is not None:
+            self.packed(self)
+            prune(self.portable)
+        write_tables(self)
+        for node in [n for n in self.graph if n.op_type == "DynamicFakeQuantize"]:
+            emulate(self, node)
         for node in [n for n in self.graph if n.domain == DOMAIN]:
-            grid = self._grid(node)
+            grid = self.grid(node)
             source = node.inputs[0]
             assert source is not None
             is_weight = source.const_value is not None and source.producer() is None
@@ -132,10 +146,19 @@ class Realizer:
         return self.portable
 
     # ---------------------------------------------------------------------------------------------- pieces
-    def _grid(self, node: ir.Node) -> Grid:
+    def grid(self, node: ir.Node) -> Grid:
+        """The grid of a FakeQuantize node."""
         scale, zero_point = (as_torch(v) for v in node.inputs[1:3])
         axis, qmin, qmax = (node.attributes[k].as_int() for k in ("axis", "qmin", "qmax"))
-        return Grid(scale, zero_point, axis, qmin, qmax)
+        group = node.attributes["group_size"].as_int() if "group_size" in node.attributes else 0
+        return Grid(scale, zero_point, axis, qmin, qmax, group)
+
+    def static_grid_behind(self, value: ir.Value) -> bool:
+        """True when a value was put on a static grid, looking back through operators that only move data."""
+        producer = value.producer()
+        while producer is not None and producer.op_type in _MOVES:
+            producer = cast("ir.Value", producer.inputs[0]).producer()
+        return producer is not None and producer.domain == DOMAIN and producer.op_type == "FakeQuantize"
 
     def _take_over(self, node: ir.Node, new: ir.Value, grid: Grid | None) -> None:
         if grid is not None:
@@ -145,6 +168,9 @@ class Realizer:
 
     def _weight(self, node: ir.Node, source: ir.Value, grid: Grid) -> ir.Value:
         """int8 initializer and DequantizeLinear; a transposition behind it goes into the initializer."""
+        if grid.group:
+            what = "a weight in groups that is no factor of a matrix product"
+            raise EngineError(62, what, where=str(node.name), fix="use target='torch', or one scale per channel")
         weight, axis, users = as_torch(source), grid.axis, list(node.outputs[0].uses())
         integers = grid.quantize(weight)
         transposed = bool(users) and all(u.node.op_type == "Transpose" and integers.dim() == 2 for u in users)
@@ -253,14 +279,22 @@ class Realizer:
     # ---------------------------------------------------------------------------------------------- emission
     def initializer(self, name: str, tensor: Tensor) -> ir.Value:
         """A new weight; the name gets a number when it is taken."""
+        name = self.free_name(name)
+        return self.add_initializer(self.ir.tensor_adapters.TorchTensor(tensor, name=name))
+
+    def free_name(self, name: str) -> str:
+        """``name``, with a number when an initializer has it."""
         base, count = name, 0
         while name in self.graph.initializers:
             count += 1
             name = f"{base}_{count}"
-        held = self.ir.tensor_adapters.TorchTensor(tensor, name=name)
-        kind = self.ir.TensorType(held.dtype)
-        value = self.ir.Value(name=name, shape=self.ir.Shape(list(tensor.shape)), type=kind, const_value=held)
-        self.graph.initializers[name] = value
+        return name
+
+    def add_initializer(self, held: Any) -> ir.Value:
+        """A new weight that holds an ``onnx_ir`` tensor, under its name."""
+        kind, shape = self.ir.TensorType(held.dtype), self.ir.Shape(list(held.shape))
+        value = self.ir.Value(name=held.name, shape=shape, type=kind, const_value=held)
+        self.graph.initializers[held.name] = value
         return value
 
     def constant(self, tensor: Tensor) -> ir.Value:
@@ -275,7 +309,7 @@ class Realizer:
         return self._constants[key]
 
     def emit(
-        self, before: ir.Node, kind: str, *inputs: ir.Value, name: str, domain: str = "", **attributes: Any
+        self, before: ir.Node, kind: str, *inputs: ir.Value | None, name: str, domain: str = "", **attributes: Any
     ) -> ir.Value:
         """A node with one output, in front of ``before``."""
         node = self.ir.node(kind, inputs, attributes=attributes, domain=domain, name=name)

@@ -2,5 +2,6 @@
 
 from fxcompress.lowering.builder import DOMAIN, OPSET
 from fxcompress.lowering.portable import PortableModel, lower, strip
+from fxcompress.lowering.widen import HALF, widened
 
-__all__ = ["DOMAIN", "OPSET", "PortableModel", "lower", "strip"]
+__all__ = ["DOMAIN", "HALF", "OPSET", "PortableModel", "lower", "strip", "widened"]

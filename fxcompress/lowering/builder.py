@@ -194,7 +194,8 @@ class Builder:
 
     def constant(self, tensor: Tensor) -> ir.Value:
         """A small constant; equal ones are stored once."""
-        key = (tensor.dtype, tuple(tensor.shape), tensor.numpy().tobytes())
+        plain = tensor.float() if tensor.dtype == torch.bfloat16 else tensor  # numpy has no bfloat16
+        key = (tensor.dtype, tuple(tensor.shape), plain.numpy().tobytes())
         if key not in self.memo:
             self.memo[key] = self._initializer(f"constant_{len(self.memo)}", tensor)
         return cast("ir.Value", self.memo[key])

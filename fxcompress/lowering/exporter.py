@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.graph import CodeGen
 
-from fxcompress.errors import EngineError, MissingRuntimeError
+from fxcompress.errors import EngineError
 from fxcompress.ir import Program, evaluating
 from fxcompress.lowering.builder import DOMAIN, OPSET
+from fxcompress.lowering.export_quantizers import exportable, translations
 from fxcompress.lowering.names import input_names, output_names, size_names
 from fxcompress.lowering.peephole import fold_padding
 
@@ -61,7 +62,7 @@ def _flat_export(program: Program, reason: str) -> Any:
     graph = torch.fx.Graph()
     graph.output(graph.graph_copy(program.graph, {}))
     graph.set_codegen(CodeGen())
-    flat = GraphModule(program.gm, graph)
+    flat = GraphModule(exportable(program.gm), graph)
     leaves = program.signature.flatten(*program.example)
     inputs, shapes = [], []
     for node, value in zip(program.placeholders(), leaves, strict=True):
@@ -87,7 +88,7 @@ def _grown(value: Any, dims: list[int]) -> Any:
 
 
 def _translate(exported: Any, reason: str) -> ir.Model:
-    table: dict[Any, Any] = {torch.ops.fxcompress.fake_quantize.default: _fake_quantize_operator()}
+    table = translations()
     try:
         made = torch.onnx.export(
             exported, dynamo=True, opset_version=OPSET, custom_translation_table=table, verbose=False
@@ -98,35 +99,6 @@ def _translate(exported: Any, reason: str) -> ir.Model:
     model = made.model
     model.opset_imports[DOMAIN] = 1
     return model
-
-
-def _fake_quantize_operator() -> Any:
-    """``fxcompress::FakeQuantize`` as the exporter's translation of ``torch.ops.fxcompress.fake_quantize``."""
-    try:
-        import onnx
-        from onnxscript.values import Op, Opset
-    except ImportError as error:
-        line = 'pip install "fxcompress[onnxruntime]" or "fxcompress[openvino]"'
-        raise MissingRuntimeError(3, "onnxscript is not installed", why=str(error), fix=line) from error
-    defs = onnx.defs.OpSchema
-    parameters = [
-        defs.FormalParameter(n, t) for n, t in (("x", "T"), ("scale", "tensor(float)"), ("zero_point", "tensor(int32)"))
-    ]
-    schema = defs(
-        "FakeQuantize",
-        DOMAIN,
-        1,
-        inputs=parameters,
-        outputs=[defs.FormalParameter("y", "T")],
-        type_constraints=[("T", ["tensor(float)"], "")],
-        attributes=[defs.Attribute(n, defs.AttrType.INT) for n in ("axis", "qmin", "qmax")],
-    )
-    operator: Any = Op(Opset(DOMAIN, 1), "FakeQuantize", schema)
-
-    def fake_quantize(x: Any, scale: Any, zero_point: Any, axis: int, qmin: int, qmax: int) -> Any:
-        return operator(x, scale, zero_point, axis=axis, qmin=qmin, qmax=qmax)
-
-    return fake_quantize
 
 
 def _failed(error: Exception, reason: str) -> EngineError:
@@ -192,7 +164,7 @@ def _rename_nodes(portable: PortableModel) -> None:
 
 def _path(node: ir.Node) -> str:
     """Path of the module that ran the node; a fake-quantizer's is that of its scale."""
-    if node.domain == DOMAIN and node.inputs[1] is not None:
+    if node.domain == DOMAIN and len(node.inputs) > 1 and node.inputs[1] is not None:
         return str(node.inputs[1].name).removesuffix(".scale")
     scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
     parts = [p.strip().strip("'\"") for p in scopes.strip("[]").split(",")]

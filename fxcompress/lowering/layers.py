@@ -13,7 +13,7 @@ from fxcompress.errors import EngineError
 from fxcompress.layers import ACTIVATIONS, Fused, TransposedLinear
 from fxcompress.lowering.builder import DOMAIN, Builder, Unsupported, dtype_of, lowers, lowers_module, rank_of
 from fxcompress.lowering.elementwise import emit_activation
-from fxcompress.quant.fake_quantize import FakeQuantize
+from fxcompress.quant.fake_quantize import DynamicFakeQuantize, FakeQuantize
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -27,6 +27,16 @@ _aten = torch.ops.aten
 @lowers_module(FakeQuantize)
 def _fake_quantize(b: Builder, node: Node, module: FakeQuantize) -> Any:
     return quantized(b, b.value(node.args[0]), module, str(node.target))
+
+
+@lowers_module(DynamicFakeQuantize)
+def _dynamic_fake_quantize(b: Builder, node: Node, module: DynamicFakeQuantize) -> Any:
+    grid = {"qmin": module.spec.qmin, "qmax": module.spec.qmax, "block": module.block or 0}
+    value = b.op("DynamicFakeQuantize", b.value(node.args[0]), domain=DOMAIN, **grid)
+    producer = value.producer()
+    assert producer is not None
+    producer.name = str(node.target)
+    return value
 
 
 def quantized(b: Builder, x: ir.Value, module: nn.Module, path: str) -> ir.Value:
@@ -43,7 +53,7 @@ def quantized(b: Builder, x: ir.Value, module: nn.Module, path: str) -> ir.Value
             b.parameter(f"{path}.zero_point", module.zero_point),
         )
         axis = -1 if spec.axis is None else spec.axis
-        grid = {"axis": axis, "qmin": spec.qmin, "qmax": spec.qmax}
+        grid: dict[str, Any] = {"axis": axis, "qmin": spec.qmin, "qmax": spec.qmax, "group_size": spec.group_size}
         value = b.op("FakeQuantize", x, scale, zero_point, domain=DOMAIN, **grid)
         count = b.memo[path] = b.memo.get(path, -1) + 1
         producer = value.producer()
@@ -214,7 +224,11 @@ def _einsum(b: Builder, node: Node, a: dict[str, Any]) -> Any:
 # ------------------------------------------------------------------------------------------------ tables
 @lowers_module(nn.Embedding)
 def _embedding_layer(b: Builder, node: Node, layer: nn.Embedding) -> Any:
-    return b.op("Gather", b.parameter(f"{node.target}.weight", layer.weight), b.value(node.args[0]), axis=0)
+    table = b.parameter(f"{node.target}.weight", layer.weight)
+    quantizer = layer._modules.get("weight_fake_quantize")
+    if quantizer is not None:
+        table = quantized(b, table, quantizer, f"{node.target}.weight_fake_quantize")
+    return b.op("Gather", table, b.value(node.args[0]), axis=0)
 
 
 @lowers(_aten.embedding.default)

@@ -9,20 +9,18 @@ import glob
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from fxcompress.analysis import count_macs, count_parameters
 from fxcompress.errors import PruneError, UsageError
 from fxcompress.ir import Program, evaluating
+from fxcompress.progress import progress_bar
 from fxcompress.prune.criterion import Importance
 from fxcompress.prune.importance import importance as importance_of
 from fxcompress.prune.plan import PruningPlan, plan_pruning
@@ -90,7 +88,7 @@ def analyze_sensitivity(
     )
     _log.info(header)
     curves: list[Curve] = []
-    with _bar(header, len(chosen) * len(wanted), progress) as bar:
+    with progress_bar("measured", len(chosen) * len(wanted), progress, header) as bar:
         for group in chosen:
             points = []
             for ratio in wanted:
@@ -224,17 +222,3 @@ def _duration(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.1f} s"
-
-
-@contextmanager
-def _bar(header: str, total: int, shown: bool) -> Iterator[Callable[[], None]]:
-    """A progress bar on a terminal, the header alone on a pipe; yields what counts one measurement."""
-    if not shown:
-        yield lambda: None
-        return
-    console = Console(stderr=True)
-    console.print(header, markup=False, highlight=False, soft_wrap=True)
-    columns = (TextColumn("measured"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda: bar.advance(task)

@@ -151,12 +151,12 @@ def _checked(point: Mapping[str, Any]) -> dict[str, Any]:
     return found | {name: int(point[name]) for name in ("removed", "parameters", "macs")}
 
 
-def replace_file(path: Path, text: str) -> None:
+def replace_file(path: Path, content: str | bytes) -> None:
     """Write ``path`` in one step: another process, or a crash, sees the old content or the new."""
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(name, path)

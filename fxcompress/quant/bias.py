@@ -14,7 +14,7 @@ from fxcompress.data import all_finite
 from fxcompress.ir import Program
 from fxcompress.layers import Fused, TransposedLinear
 
-__all__ = ["InputMeans", "correct_bias"]
+__all__ = ["InputMeans", "correct_bias", "with_shift", "without_shift"]
 
 
 #: A sample is represented by about this many values of each input: the mean of a channel needs no more.
@@ -95,7 +95,21 @@ def correct_bias(program: Program, layers: list[Node], means: InputMeans) -> Non
         new = shift if old is None else old.detach().double() + shift
         if all_finite(new):
             bias = nn.Parameter(new.to(weight.dtype), requires_grad=weight.requires_grad)
-            layer._parameters["bias"] = bias
+            layer._parameters["bias"] = with_shift(bias, shift)
+
+
+def with_shift(bias: nn.Parameter, shift: Tensor) -> nn.Parameter:
+    """Remember on a corrected bias what was added to it: rounding the weight anew takes that back."""
+    cast(Any, bias).shift = shift
+    return bias
+
+
+def without_shift(bias: Tensor | None) -> Tensor | None:
+    """The bias as it was before it was corrected; all of the float layer's bias."""
+    shift = getattr(bias, "shift", None)
+    if bias is None or shift is None:
+        return bias
+    return nn.Parameter((bias.detach().double() - shift).to(bias.dtype), requires_grad=bias.requires_grad)
 
 
 def _output_mean(layer: Any, weight: Tensor, mean: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ def calibrate(program: Program, data: CalibrationData, samples: int) -> None:
     apart = any(m.observer.batchwise for m in program.gm.modules() if isinstance(m, FakeQuantize) and m.observer)
     numbered = ((n + data.skipped, call) for n, call in enumerate(data.calls(program, samples)))
     with torch.no_grad(), evaluating(program.gm), _channels_last(program):
-        for group in grouped(numbered, lambda item: item[1], 1 if apart else _samples_together(program)):
+        for group in grouped(numbered, lambda item: item[1], 1 if apart else samples_together(program)):
             try:
                 _run(program, joined([call for _, call in group]))
             except FxcError:
@@ -86,7 +86,7 @@ def _failed(program: Program, group: list[tuple[int, Call]], error: Exception) -
     return CalibrationError(5, what, why=f"{type(error).__name__}: {error}")
 
 
-def _samples_together(program: Program) -> int:
+def samples_together(program: Program) -> int:
     """How many samples may be run as one batch: 1 where an input has no dynamic batch of its own."""
     inputs = program.placeholders()
     sizes = {program.dynamic_dims().get(n.name, {}).get(0) for n in inputs}

@@ -23,8 +23,8 @@ from fxcompress.quant.spec import QuantSpec
 from fxcompress.rewrite import put_layer
 
 __all__ = [
-    "as_globs", "attach_quantizer", "check_weight", "has_quantizer", "layer_weight", "linear_layers", "make_quantizer",
-    "quantize_weight", "weight_quantizer",
+    "as_globs", "attach_quantizer", "check_weight", "finite_weight", "has_quantizer", "layer_weight", "linear_layers",
+    "make_quantizer", "quantize_weight", "weight_quantizer",
 ]  # fmt: skip
 
 Method = Literal["minmax", "mse"]
@@ -106,8 +106,12 @@ def as_globs(given: str | Sequence[str]) -> tuple[str, ...]:
 
 def check_weight(program: Program, node: Node) -> None:
     """Raise PassError when the weight holds NaN or infinity."""
-    if not all_finite(layer_weight(program, node)):
-        where = f"{layer_name(node)} ({source_line(node) or node.op})"
+    finite_weight(layer_weight(program, node), f"{layer_name(node)} ({source_line(node) or node.op})")
+
+
+def finite_weight(weight: Tensor, where: str) -> None:
+    """Raise PassError when ``weight`` holds NaN or infinity."""
+    if not all_finite(weight.detach()):
         fix = "train or load the model again, or leave the layer out with ignore=..."
         raise PassError(33, "a weight holds NaN or infinity", where=where, fix=fix)
 

@@ -84,10 +84,11 @@ def _grids(quantized: Program) -> dict[str, FakeQuantize]:
 
 
 def _adopt(program: Program, quantized: Program, path: str) -> None:
-    """Take weight grid and corrected bias of a layer."""
+    """Take the weight (which may be rounded already), its grid and the corrected bias of a layer."""
     source = cast(Any, quantized.gm.get_submodule(path))
     layer = make_fused(program.gm.get_submodule(path))
     layer.weight_fake_quantize = source.weight_fake_quantize
+    layer._parameters["weight"] = source.weight
     layer._parameters["bias"] = source.bias
     parent, _, leaf = path.rpartition(".")
     program.gm.get_submodule(parent)._modules[leaf] = layer

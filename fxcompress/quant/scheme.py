@@ -34,6 +34,7 @@ class QuantScheme:
             of symmetric 8-bit weights with one scale per row; None: over the whole token.
         dynamic_block_packed: The same in front of other weights, whose groups it must divide.
         dynamic_uniform: All layers of a model must have the same such block.
+        dynamic_lstm: LSTMs can quantize their activations at run time; else only their weights are integers.
         reason: Why this scheme and not a wider one, for the report.
     """
 
@@ -50,6 +51,7 @@ class QuantScheme:
     dynamic_block: int | None = None
     dynamic_block_packed: int | None = None
     dynamic_uniform: bool = False
+    dynamic_lstm: bool = False
     reason: str = ""
 
     def dynamic_granularity(self, weight: QuantSpec) -> int | None:

@@ -17,10 +17,10 @@ from torch.fx import Node
 
 from fxcompress.ir import Program
 from fxcompress.layers import Fused, TransposedLinear
+from fxcompress.layerwise.store import WeightStore
 from fxcompress.rewrite import Analysis
 from fxcompress.sizes import fixed_size
 from fxcompress.sparse.layers import is_weighted
-from fxcompress.sparse.store import WeightStore
 
 __all__ = ["Chain", "find_chain", "node_of", "permute_inputs"]
 

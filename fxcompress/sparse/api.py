@@ -13,6 +13,8 @@ from fxcompress.capture import capture
 from fxcompress.data import CalibrationData, all_finite, example_from
 from fxcompress.errors import PruneError
 from fxcompress.ir import Program
+from fxcompress.layerwise.statistics import InputStatistics
+from fxcompress.layerwise.store import WeightStore
 from fxcompress.rewrite import Analysis
 from fxcompress.sparse.absorb import find_chain, node_of, permute_inputs
 from fxcompress.sparse.layers import SparseLayer, find_layers, from_rows, reduction_size, to_rows
@@ -22,8 +24,6 @@ from fxcompress.sparse.permutation import find_permutation, kept_magnitude
 from fxcompress.sparse.sequential import observe_all, walk
 from fxcompress.sparse.settings import Settings
 from fxcompress.sparse.solvers import block_scores, magnitude, sparsegpt, wanda
-from fxcompress.sparse.statistics import InputStatistics
-from fxcompress.sparse.store import WeightStore
 
 __all__ = ["Outcome", "make_sparse", "sparsify"]
 

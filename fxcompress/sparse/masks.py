@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fxcompress.errors import PruneError
 from fxcompress.ir import Program
-from fxcompress.sparse.store import WeightStore
+from fxcompress.layerwise.store import WeightStore
 
 __all__ = ["Sparsity", "SparsityMasks"]
 

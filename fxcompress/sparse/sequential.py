@@ -1,8 +1,8 @@
 """Calibrated pruning: layer by layer in execution order, each seeing the inputs that the sparse layers before it make.
 
-All calibration batches walk through the graph side by side, node by node. When they reach a layer, its inputs are at
-hand; it is made sparse and the walk goes on with what the sparse layer gives. The whole calibration thus costs one
-forward pass, whatever the number of layers.
+All calibration batches walk through the graph side by side (`fxcompress.layerwise.walk`). When they reach a layer, its
+inputs are at hand; it is made sparse and the walk goes on with what the sparse layer gives. The whole calibration thus
+costs one or two forward passes, whatever the number of layers.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
-from torch.fx.node import map_arg
 from torch.utils.hooks import RemovableHandle
 
 from fxcompress.data import CalibrationData, Call, as_call
 from fxcompress.errors import CalibrationError
-from fxcompress.ir import Program, evaluating, forward_names, source_line
+from fxcompress.ir import Program, evaluating, forward_names
+from fxcompress.layerwise.statistics import InputStatistics
+from fxcompress.layerwise.walk import Walk
 from fxcompress.sparse.layers import SparseLayer, is_weighted
-from fxcompress.sparse.statistics import InputStatistics
 
 __all__ = ["Solve", "observe_all", "walk"]
 
@@ -48,10 +48,8 @@ def walk(
         Names of the layers that the graph never calls.
     """
     nodes = _layer_nodes(program, layers)
-    if not nodes:
-        return [layer.name for layer in layers]
     with torch.no_grad(), evaluating(program.gm):
-        _Walk(program, nodes, calls, moments, solve).run()
+        _Solving(Walk(program, calls), nodes, moments, solve).run()
     reached = {layer.name for layer in nodes.values()}
     return [layer.name for layer in layers if layer.name not in reached]
 
@@ -67,81 +65,32 @@ def _layer_nodes(program: Program, layers: Sequence[SparseLayer]) -> dict[Node, 
     return found
 
 
-class _Walk:
-    def __init__(
-        self, program: Program, nodes: dict[Node, SparseLayer], calls: Iterable[Call], moments: bool, solve: Solve
-    ) -> None:
-        self.program, self.nodes, self.moments, self.solve = program, nodes, moments, solve
-        self.leaves = [iter(program.signature.flatten(*call)) for call in calls]
-        self.values: list[dict[Node, Any]] = [{} for _ in self.leaves]
+class _Solving:
+    def __init__(self, walk: Walk, nodes: dict[Node, SparseLayer], moments: bool, solve: Solve) -> None:
+        self.walk, self.nodes, self.moments, self.solve = walk, nodes, moments, solve
         self.last_call = {layer.name: node for node, layer in nodes.items()}  # later nodes overwrite
         self.statistics: dict[str, InputStatistics] = {}
         self.shared: tuple[Any, InputStatistics] | None = None
 
     def run(self) -> None:
-        order = list(self.program.graph.nodes)
-        last = max(order.index(node) for node in self.nodes)
-        dead = _last_uses(order)
-        for node in order[: last + 1]:
-            if node in self.nodes:
-                self._reach(node, self.nodes[node])
-            if node is order[last]:
-                return
-            for number, values in enumerate(self.values):
-                values[node] = self._checked_value(node, number)
-                for gone in dead.get(node, ()):
-                    del values[gone]
+        for node, layer in self.nodes.items():
+            statistics = self._observe(node, layer)
+            if self.last_call[layer.name] is node:
+                self.solve(layer, statistics)
+                self.statistics.pop(layer.name, None)
 
-    def _checked_value(self, node: Node, number: int) -> Any:
-        try:
-            return self._value(node, self.values[number], self.leaves[number])
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            what = f"the model fails on calibration batch {number} at %{node.name}"
-            raise CalibrationError(
-                207, what, where=source_line(node), why=f"{type(error).__name__}: {error}"
-            ) from error
-
-    def _value(self, node: Node, values: dict[Node, Any], leaves: Any) -> Any:
-        if node.op == "placeholder":
-            return next(leaves)
-        if node.op == "get_attr":
-            return self.program.tensor(node)
-        args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
-        function: Any = self.program.module(node) if node.op == "call_module" else node.target
-        return function(*args, **kwargs)
-
-    def _reach(self, node: Node, layer: SparseLayer) -> None:
+    def _observe(self, node: Node, layer: SparseLayer) -> InputStatistics:
+        """Statistics of the layer's inputs; the last ones again when this layer reads the same value."""
         source = node.args[0]
         assert isinstance(source, Node)
         once = sum(other is layer for other in self.nodes.values()) == 1
-        linear = layer.weight.dim() == 2
-        statistics = self._statistics(layer, (source, layer.weight.device) if once and linear else None)
-        if statistics.rows == 0 or not once:
-            for values in self.values:
-                statistics.update(values[source])
-        if self.last_call[layer.name] is node:
-            self.solve(layer, statistics)
-            self.statistics.pop(layer.name, None)
-
-    def _statistics(self, layer: SparseLayer, key: Any) -> InputStatistics:
-        """Those of the layer; the last ones again when this layer reads the same value."""
+        key = (source, layer.weight.device) if once and layer.weight.dim() == 2 else None
         if key is not None and self.shared is not None and self.shared[0] == key:
             return self.shared[1]
         statistics = self.statistics.setdefault(layer.name, InputStatistics(layer.module, self.moments))
+        self.walk.visit(node, [source], lambda _, values: statistics.update(values[0]))
         self.shared = None if key is None else (key, statistics)
         return statistics
-
-
-def _last_uses(order: Sequence[Node]) -> dict[Node, list[Node]]:
-    """Node -> the values nobody reads after it, itself included when nobody reads it at all."""
-    last = {node: node for node in order}
-    for node in order:
-        for source in node.all_input_nodes:
-            last[source] = node
-    found: dict[Node, list[Node]] = {}
-    for value, node in last.items():
-        found.setdefault(node, []).append(value)
-    return found
 
 
 def observe_all(

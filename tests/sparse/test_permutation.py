@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 import fxcompress as fxc
 from fxcompress.ir import Program
+from fxcompress.layerwise.store import WeightStore
 from fxcompress.passbase import output_error
 from fxcompress.rewrite import Analysis
 from fxcompress.sparse.absorb import find_chain, node_of, permute_inputs
 from fxcompress.sparse.pattern import Pattern
 from fxcompress.sparse.permutation import find_permutation, kept_magnitude
-from fxcompress.sparse.store import WeightStore
 
 TWO_OF_FOUR = Pattern(2, 4)
 

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxcompress as fxc
+from fxcompress.layerwise.statistics import InputStatistics, input_rows
 from fxcompress.sparse.pattern import Pattern
 from fxcompress.sparse.solvers import DAMPING, sparsegpt
-from fxcompress.sparse.statistics import InputStatistics, input_rows
 
 
 def correlated(samples: int, features: int, seed: int = 0) -> Tensor:

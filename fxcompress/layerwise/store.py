@@ -54,7 +54,9 @@ class WeightStore:
     def _replace(self, module: nn.Module, name: str, old: Tensor, value: Tensor) -> None:
         parameter = isinstance(old, nn.Parameter)
         new = nn.Parameter(value, requires_grad=old.requires_grad) if parameter else value
-        places = self._places.pop(id(old), [(module, name)])
+        known = self._places.pop(id(old), [])
+        # Others may have put tensors past this store, and an id says nothing about a tensor that is gone.
+        places = [(owner, key) for owner, key in known if getattr(owner, key) is old] or [(module, name)]
         for owner, key in places:
             self._old.setdefault((id(owner), key), (owner, key, old))
             self._set(owner, key, new)

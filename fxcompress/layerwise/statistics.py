@@ -1,0 +1,154 @@
+"""What calibrated methods know of a layer's inputs: the energy of each feature, or all second moments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fxcompress.data import all_finite
+from fxcompress.errors import CalibrationError
+
+__all__ = ["InputStatistics", "input_rows", "not_finite_note"]
+
+#: Values of one block of input rows: unfolding an image repeats each pixel once per kernel position.
+_BLOCK = 1 << 24
+#: Rows whose products are summed in float32.
+_FLUSH = 1 << 14
+#: Share of inputs that may hold NaN or infinity.
+_MAX_BAD = 0.01
+
+
+def not_finite_note(bad: int, seen: int, where: str) -> list[str]:
+    """A line for the report when some of a layer's inputs held NaN or infinity.
+
+    Args:
+        bad: Inputs that did.
+        seen: All inputs.
+        where: Names of the layers.
+
+    Raises:
+        CalibrationError: more than 1 % of them did.
+    """
+    if bad > _MAX_BAD * seen:
+        raise CalibrationError(
+            209,
+            "a layer's inputs hold NaN or infinity",
+            where=where,
+            why=f"those of {bad} of {seen} calibration batches, though the batches themselves are finite",
+            fix="check the layers in front of it on this data (float16 overflows at 65504), or name it in ignore=...",
+        )
+    return [f"{where}: {bad} of {seen} inputs held NaN or infinity: left out"] if bad else []
+
+
+class InputStatistics:
+    """Sums over the inputs of one layer, in float64.
+
+    With ``x`` the input of a layer in the feature order of `fxcompress.sparse.layers.to_rows`, one row per sample and
+    output position, the sums are ``sum x_j^2`` (what Wanda needs) or ``X^T X`` (what SparseGPT and GPTQ need). The
+    layer's inputs that hold NaN or infinity are left out and counted. Products are float32 and are summed up in float32
+    over at most 16,384 rows, then in float64.
+
+    Args:
+        module: A convolution or linear layer.
+        moments: Keep ``X^T X`` [groups, features, features] instead of its diagonal [groups, features].
+        skip: Leave out that many tokens at the start of every sequence, where the input is [samples, tokens, features].
+
+    Attributes:
+        rows: Input rows seen.
+        seen: Inputs, usable or not.
+        skipped: Inputs left out.
+        unskipped: Inputs whose first tokens could not be told, because they are no sequences.
+        absolute: ``sum |x_j|`` [groups, features], float64.
+        peak: ``max |x_j|`` [groups, features].
+    """
+
+    def __init__(self, module: nn.Module, moments: bool, skip: int = 0) -> None:
+        self.module, self.moments, self.skip = module, moments, skip
+        self.rows = self.seen = self.skipped = self.unskipped = 0
+        self.absolute: Tensor | None = None
+        self.peak: Tensor | None = None
+        self._total: Tensor | None = None
+        self._recent: Tensor | None = None  # float32, not yet in the total
+        self._recent_rows = 0
+
+    @property
+    def total(self) -> Tensor | None:
+        """The sums; None when there was no usable input."""
+        if self._recent is not None:
+            self._total = self._recent.double() if self._total is None else self._total.add_(self._recent)
+            self._recent, self._recent_rows = None, 0
+        return self._total
+
+    def update(self, x: Tensor) -> None:
+        """Add one input of the layer, as its ``forward`` takes it."""
+        x = x.detach()
+        self.seen += 1
+        if not all_finite(x):
+            self.skipped += 1
+            return
+        if self.skip and x.dim() == 3:
+            x = x[:, self.skip :]
+        elif self.skip:
+            self.unskipped += 1
+        for block in input_rows(self.module, x):
+            self._add(block.float() if block.dtype in (torch.float16, torch.bfloat16) else block)
+
+    def _add(self, block: Tensor) -> None:
+        """One block [groups, rows, features]."""
+        if block.shape[1] == 0:
+            return
+        size = block.abs()
+        total, peak = size.sum(1, dtype=torch.float64), size.amax(1)
+        self.absolute = total if self.absolute is None else self.absolute.add_(total)
+        self.peak = peak if self.peak is None else torch.maximum(self.peak, peak)
+        if not self.moments:
+            added = block.square().sum(1, dtype=torch.float64)
+            self._recent = added if self._recent is None else self._recent.add_(added)
+        elif self._recent is None:
+            self._recent = block.mT @ block
+        else:
+            self._recent.baddbmm_(block.mT, block)
+        self.rows += block.shape[1]
+        self._recent_rows += block.shape[1]
+        if self._recent_rows >= _FLUSH:
+            _ = self.total
+
+
+def input_rows(module: nn.Module, x: Tensor) -> Iterator[Tensor]:
+    """``x`` as blocks ``[groups, samples, features]`` whose product with a weight row is one output value.
+
+    Args:
+        module: Linear layer or convolution (of any padding, stride, dilation, groups), not a transposed convolution.
+        x: Its input; a convolution's may lack the batch dimension.
+    """
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        flat = x.reshape(-1, x.shape[-1])
+        for part in flat.split(max(1, _BLOCK // max(1, flat.shape[1]))):
+            yield part.unsqueeze(0)
+        return
+    weight = cast(Tensor, module._parameters["weight"])
+    batched = x if x.dim() == weight.dim() else x.unsqueeze(0)
+    positions = batched[:1, :1].numel()
+    each = positions * batched.shape[1] * weight[0, 0].numel()  # an upper bound for stride 1
+    for part in batched.split(max(1, _BLOCK // max(1, each))):
+        yield _unfolded(module, part)
+
+
+def _unfolded(module: Any, x: Tensor) -> Tensor:
+    """Windows of ``x`` [n, channels, ...] under a convolution, as [groups, n * positions, taps * channels / groups]."""
+    padding = module._reversed_padding_repeated_twice
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    x = F.pad(x, padding, mode=mode) if any(padding) else x
+    spatial = len(module.kernel_size)
+    for axis in range(spatial):
+        size, gap = module.kernel_size[axis], module.dilation[axis]
+        x = x.unfold(2 + axis, (size - 1) * gap + 1, module.stride[axis])[..., ::gap]
+    x = x.unflatten(1, (module.groups, -1))  # [n, groups, channels, *positions, *taps]
+    positions = range(3, 3 + spatial)
+    taps = range(3 + spatial, 3 + 2 * spatial)
+    windows = x.permute(1, 0, *positions, *taps, 2)
+    return windows.reshape(module.groups, -1, windows[0, 0][(0,) * spatial].numel())

@@ -1,0 +1,70 @@
+"""Cast: arithmetic and parameters to float16 or bfloat16, with what does not fit into float16 left in float32."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from fxcompress.data import CalibrationData
+from fxcompress.errors import PassError, UsageError
+from fxcompress.half import observe, to_half, wide_nodes
+from fxcompress.ir import Program
+from fxcompress.passbase import Context, Pass, Result
+from fxcompress.quant.layer_weights import as_globs
+
+__all__ = ["Cast"]
+
+_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+#: Samples whose ranges are observed.
+_SAMPLES = 64
+
+
+@dataclass(frozen=True)
+class Cast(Pass):
+    """Compute in 16 bits; the program's inputs and outputs keep their dtypes, with casts at the edges.
+
+    For ``fp16`` the values of some samples (calibration data, else the example) and the weights are looked at: what
+    makes or reads values beyond half of float16's range, or mostly values that float16 rounds to zero, stays in float32.
+
+    Attributes:
+        dtype: ``fp16`` or ``bf16``.
+        keep: Globs over layer names (or names of the user's modules) to leave in float32.
+
+    Raises:
+        UsageError: the dtype is not known.
+    """
+
+    exact: ClassVar[bool] = False
+    dtype: Literal["fp16", "bf16"] = "fp16"
+    keep: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keep", as_globs(self.keep))
+        if self.dtype not in _DTYPES:
+            raise UsageError(501, f"dtype={self.dtype!r}: not known", fix="use 'fp16' or 'bf16'")
+
+    @property
+    def precision(self) -> str:
+        """What reports call the result."""
+        return self.dtype
+
+    def run(self, program: Program, context: Context) -> Result:
+        """Cast what can be cast."""
+        ranges = None
+        if self.dtype == "fp16":
+            data = context.calibration
+            known = data if data is None or isinstance(data, CalibrationData) else CalibrationData(data)
+            ranges = observe(program, [program.example] if known is None else known.calls(program, _SAMPLES))
+        wide = wide_nodes(program, self.keep, ranges)
+        names = to_half(program, _DTYPES[self.dtype], wide)
+        if not names:
+            why = "; ".join(f"{n.name}: {reason}" for n, reason in list(wide.items())[:5]) or "it has no float32 values"
+            raise PassError(80, f"nothing can be cast to {self.dtype}", why=why)
+        notes = [f"{_name(n)} stays float32: {why}" for n, why in wide.items() if why != "made in float32"]
+        return Result(program, [f"cast {n} to {self.dtype}" for n in names], notes=notes, metrics={"nodes": len(names)})
+
+
+def _name(node: torch.fx.Node) -> str:
+    return str(node.target) if node.op == "call_module" else node.name
