@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -12,10 +11,12 @@ from torch import Tensor, nn
 from torch.fx import Interpreter, Node
 from torch.utils import _pytree as pytree
 
+from fxcompress.differences import ErrorSums, Row
 from fxcompress.engines import Engine
 from fxcompress.errors import ParityError, UsageError
 from fxcompress.ir import Program, evaluating, source_line
 from fxcompress.lowering.builder import tap_names
+from fxcompress.precise import summation_error
 from fxcompress.quant.fake_quantize import QUANTIZERS
 
 __all__ = ["Comparison", "Parity", "Row", "check_parity", "compare", "first_difference"]
@@ -32,51 +33,12 @@ QUANTIZED_SHARE = 0.5
 #: Up to this share a network may amplify flips as it amplifies the quantization error itself (two independent roundings of
 #: one network are sqrt(2) times their own error apart); then every layer alone must agree.
 QUANTIZED_LIMIT = 1.5
+#: An engine may be that many times as far from the simulation as this is from itself in double precision: flips in both.
+SUMMATION_LIMIT = 2.0
 #: One layer alone, fed with the engine's own inputs: nothing accumulates, only ties flip (measured: below 1e-3).
 LAYER_TOLERANCE = 0.01
 
 Subject = Engine | Program | nn.Module
-
-
-@dataclass(frozen=True)
-class Row:
-    """One compared tensor.
-
-    Attributes:
-        name: Output, or inner point.
-        kind: ``output`` or ``inner``.
-        max_abs: Largest absolute difference.
-        rel_l2: ``|a - b| / |b|`` in the L2 norm.
-        sqnr_db: ``-20 log10(rel_l2)``, signal to noise in decibels.
-        cosine: Cosine similarity.
-    """
-
-    name: str
-    kind: str
-    max_abs: float
-    rel_l2: float
-    sqnr_db: float
-    cosine: float
-
-    @classmethod
-    def of(cls, name: str, kind: str, a: Tensor, b: Tensor) -> Row:
-        """Compare ``a`` with the reference ``b``."""
-        if a.shape != b.shape:
-            return cls(name, kind, math.inf, math.inf, -math.inf, math.nan)
-        x, y = a.detach().double().flatten(), b.detach().double().flatten()
-        same = (x == y) | (x.isnan() & y.isnan())
-        difference = torch.where(same, torch.zeros_like(x), x - y)
-        if not bool(difference.isfinite().all()):
-            return cls(name, kind, math.inf, math.inf, -math.inf, math.nan)
-        signal = torch.where(y.isfinite(), y, torch.zeros_like(y))
-        error = _ratio(float(difference.norm()), float(signal.norm()))
-        decibels = math.inf if error == 0 else -20 * math.log10(error)
-        cosine = 1.0 if error == 0 else _ratio(float(x @ y), float(x.norm() * y.norm()))
-        return cls(name, kind, float(difference.abs().max()) if x.numel() else 0.0, error, decibels, cosine)
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole > 0 else (0.0 if part == 0 else math.inf)
 
 
 @dataclass
@@ -225,16 +187,19 @@ def check_parity(
         reference: The float32 program; its distance to the simulation is the yardstick for a quantized one.
         tolerance: Largest relative L2 difference of any output. Default: 1e-3 for float32 graphs, 5e-3 for float16, 0.04
             for bfloat16, for quantized ones 0.02 or half the quantization error; except in float32 also 1.5 times the
-            error of rounding when every single layer, fed with the engine's own inputs, agrees with the simulation.
+            error of rounding, or for quantized ones twice what the order of summation changes in the simulation itself,
+            when every single layer, fed with the engine's own inputs, agrees with the simulation.
 
     Raises:
         ParityError: beyond tolerance; names the first layer whose result differs when fed the engine's own inputs.
         UsageError: there is no sample.
     """
-    sums = _Sums()
+    sums = ErrorSums()
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     count, worst = 0, (-1.0, None)
     for sample in samples:
         args, kwargs = as_call(sample)
+        calls.append((args, kwargs))
         got, simulated = (dict(_outputs(s, args, kwargs)) for s in (engine, program))
         exact = None if reference is None else dict(_outputs(reference, args, kwargs))
         error = sums.add(list(got.values()), list(simulated.values()), None if exact is None else list(exact.values()))
@@ -250,9 +215,18 @@ def check_parity(
     args, kwargs = as_call(worst[1])
     found = first_difference(engine, program, *args, **kwargs)
     limit = QUANTIZED_LIMIT * (noise or 0.0) if tolerance is None and (quantized or plain > FLOAT_TOLERANCE) else 0.0
+    if found is None and limit and quantized and error > limit:
+        limit = max(limit, SUMMATION_LIMIT * _summation(program, calls))
     if found is None and error <= limit:
         return Parity(error, limit, noise, count, layer_by_layer=True)
     raise _parted(engine, found, error, max(allowed, limit if found is None else 0.0))
+
+
+def _summation(program: Program, calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> float:
+    try:
+        return summation_error(program, calls)
+    except RuntimeError:  # an operator has no double precision: nothing more is allowed
+        return 0.0
 
 
 def as_call(sample: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -271,51 +245,6 @@ def _plain_tolerance(program: Program) -> float:
 
 def _tolerance(plain: float, quantized: bool, noise: float | None) -> float:
     return max(plain, QUANTIZED_TOLERANCE, QUANTIZED_SHARE * (noise or 0.0)) if quantized else plain
-
-
-class _Sums:
-    """Squared differences and norms per output, summed over samples."""
-
-    def __init__(self) -> None:
-        self.parts: list[list[float]] = []
-
-    def add(self, got: list[Tensor], simulated: list[Tensor], exact: list[Tensor] | None) -> float:
-        """Add one sample; returns its own error."""
-        known: list[Tensor | None] = [None] * len(got) if exact is None else list(exact)
-        own = [_squares(g, s, e) for g, s, e in zip(got, simulated, known, strict=True)]
-        self.parts = self.parts or [[0.0] * 4 for _ in own]
-        self.parts = [
-            [a + b for a, b in zip(total, new, strict=True)] for total, new in zip(self.parts, own, strict=True)
-        ]
-        return max((_root(p[0], p[1]) for p in own), default=0.0)
-
-    def error(self) -> float:
-        """Engine against simulation."""
-        return max((_root(p[0], p[1]) for p in self.parts), default=0.0)
-
-    def noise(self) -> float:
-        """Simulation against float32."""
-        return max((_root(p[2], p[3]) for p in self.parts), default=0.0)
-
-
-def _squares(got: Tensor, simulated: Tensor, exact: Tensor | None) -> list[float]:
-    """``|g - s|^2, |s|^2, |s - e|^2, |e|^2``."""
-    g, s = Row.of("", "", got, simulated), simulated.double()
-    scale = _energy(s)
-    first = g.rel_l2**2 * scale if scale else (0.0 if g.max_abs == 0 else math.inf)
-    if exact is None:
-        return [first, scale, 0.0, 0.0]
-    e = Row.of("", "", simulated, exact)
-    reference = _energy(exact.double())
-    return [first, scale, e.rel_l2**2 * reference if reference else 0.0, reference]
-
-
-def _energy(x: Tensor) -> float:
-    return float(torch.where(x.isfinite(), x, torch.zeros_like(x)).square().sum())
-
-
-def _root(part: float, whole: float) -> float:
-    return math.sqrt(part / whole) if whole > 0 else (0.0 if part == 0 else math.inf)
 
 
 # ------------------------------------------------------------------------------------------------ where they part

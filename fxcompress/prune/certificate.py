@@ -11,17 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
-from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
 from fxcompress.errors import CertificateError
 from fxcompress.examples import other_sizes, resized
 from fxcompress.ir import Program, evaluating
 from fxcompress.passbase import output_error
+from fxcompress.precise import as_double, like, replace_tensors
 from fxcompress.prune.dependencies import Bools, Dependencies
-from fxcompress.prune.surgery import cut_program, cut_rows, like, moved_biases, replace_tensors
+from fxcompress.prune.surgery import cut_program, cut_rows, moved_biases
 
-__all__ = ["Certificate", "as_double", "check", "masked_program"]
+__all__ = ["Certificate", "check", "masked_program"]
 
 #: Largest relative output difference, by dtype.
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-9}
@@ -118,25 +118,6 @@ def _mask_statistics(program: Program, node: Node, kept: Bools) -> None:
         scaled = program.graph.call_function(torch.ops.aten.mul.Tensor, (node, len(kept) / int(kept.sum())))
     scaled.meta["val"] = node.meta["val"]
     node.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
-
-
-def as_double(program: Program) -> Program:
-    """The program in double precision: its tensors, and dtypes that its graph names."""
-    clone = program.clone()
-    named = [*clone.gm.named_parameters(), *clone.gm.named_buffers()]
-    new = {id(t): like(t, t.detach().double()) for _, t in named if t.is_floating_point()}
-    replace_tensors(clone, new)
-    low = (torch.float32, torch.float16, torch.bfloat16)
-    for node in clone.graph.nodes:
-        changed = map_aggregate(
-            (node.args, node.kwargs), lambda v: torch.float64 if v in low and isinstance(v, torch.dtype) else v
-        )
-        node.args, node.kwargs = changed
-    for module in clone.gm.modules():
-        if isinstance(module, nn.RNNBase):
-            module._flat_weights = [getattr(module, n) for n in module._flat_weights_names]
-    clone.recompile()
-    return clone
 
 
 def _leaves(program: Program) -> list[list[Any]]:

@@ -12,10 +12,11 @@ from torch.fx import Node
 
 from fxcompress.ir import Program
 from fxcompress.layers import TransposedLinear
+from fxcompress.precise import like, replace_tensors
 from fxcompress.prune.dependencies import Bools, Dependencies
 from fxcompress.prune.nodes import Surgeon
 
-__all__ = ["cut_program", "cut_rows", "like", "moved_biases", "replace_tensors"]
+__all__ = ["cut_program", "cut_rows", "moved_biases"]
 
 
 def cut_program(found: Dependencies, removed: Bools) -> tuple[Program, list[str]]:
@@ -34,24 +35,6 @@ def cut_program(found: Dependencies, removed: Bools) -> tuple[Program, list[str]
             done.add(id(module))
     program.recompile()
     return program, notes
-
-
-def replace_tensors(program: Program, new: dict[int, Tensor]) -> None:
-    """Put new parameters and buffers in place of old ones (by identity) wherever they are registered."""
-    for module in program.gm.modules():
-        held: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-        for slots in held:
-            for name, tensor in list(slots.items()):
-                if tensor is not None and id(tensor) in new:
-                    if isinstance(module, nn.RNNBase):
-                        setattr(module, name, new[id(tensor)])  # keeps its flat list of weights in step
-                    else:
-                        slots[name] = new[id(tensor)]
-
-
-def like(old: Tensor, data: Tensor) -> Tensor:
-    """``data`` as a parameter when ``old`` is one."""
-    return nn.Parameter(data, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else data
 
 
 def _cut_tensors(surgeon: Surgeon) -> dict[int, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import fxcompress as fxc
 from fxcompress.errors import CertificateError
 from fxcompress.ir import Program
+from fxcompress.precise import as_double
 from fxcompress.prune import certificate, surgery
 from fxcompress.prune.certificate import Certificate, masked_program
 from fxcompress.prune.dependencies import Bools, Dependencies
@@ -63,12 +64,12 @@ def test_agrees_with_a_reference_that_knows_nothing_of_it(name: str) -> None:
         limit = 1e-6
     else:
         limit = 1e-9
-    masked = certificate.as_double(masked_program(*internals(plan)))
+    masked = as_double(masked_program(*internals(plan)))
     doubles = tuple(x.double() for x in example(name))
     expected = masked_output(model(name), plan, example(name))
     with torch.no_grad():
         assert relative_error(expected, [masked.gm(*doubles)]) <= 1e-12
-        assert relative_error(expected, [certificate.as_double(pruned).gm(*doubles)]) <= limit
+        assert relative_error(expected, [as_double(pruned).gm(*doubles)]) <= limit
         assert relative_error(expected, [program(name)(*example(name))]) > 1e-2, "pruning changes nothing here"
 
 
