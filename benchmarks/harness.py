@@ -36,6 +36,7 @@ PACKAGES: Final = (
     "torch",
     "onnxruntime",
     "openvino",
+    "tensorrt-rtx-cu13",
     "nncf",
     "onnx",
     "transformers",

@@ -180,6 +180,38 @@ def _number(value: float) -> float | int:
     return int(value) if value == int(value) else value
 
 
+def tensorrt_build(claim: str) -> str:
+    """What runs on integers in each network's engine, and how far its file is from the simulation."""
+    lines = []
+    for network, precisions in results(claim).items():
+        for precision, row in precisions.items():
+            if "error" in row:
+                lines.append([network, precision, row["error"], *[""] * 7])
+                continue
+            kinds, adds = list(row["layers"].values()), list(row["adds"].values())
+            integers = ", ".join(f"{kinds.count(k)} {k}" for k in dict.fromkeys(kinds)) or "-"
+            joined = f"{len(adds) - adds.count('float')} of {len(adds)}" if adds else "-"
+            cells = [
+                integers,
+                joined,
+                row["reformats"],
+                len(row["stray"]),
+                row["count"],
+                row["plan_mb"],
+                row["build_s"],
+            ]
+            lines.append([network, precision, *cells, row["parity"]["error"]])
+    heads = [
+        "network",
+        "precision",
+        "quantized layers",
+        "residual adds in INT8",
+        "reformats",
+        "between quantized layers",
+    ]
+    return table([*heads, "kernels", "engine MB", "build s", "parity"], lines) + "\n"
+
+
 TABLES: Final[Mapping[str, Callable[[str], str]]] = {
     "accuracy_efficientnet_lite0": accuracy_images,
     "accuracy_minilm": accuracy_text,
@@ -187,6 +219,7 @@ TABLES: Final[Mapping[str, Callable[[str], str]]] = {
     "never_slower": never_slower,
     "compile_cost": compile_cost,
     "capture_cost": capture_cost,
+    "tensorrt_build": tensorrt_build,
     **dict.fromkeys(pruning_tables.TABLES, lambda claim: pruning_tables.TABLES[claim](results(claim))),
 }
 

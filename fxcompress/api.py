@@ -21,6 +21,7 @@ from fxcompress.capture import capture
 from fxcompress.data import CalibrationData, as_call, example_from
 from fxcompress.engines import Engine, Target
 from fxcompress.engines import target as find_target
+from fxcompress.engines.base import scheme_for
 from fxcompress.environment import describe, peak_memory, trim_memory
 from fxcompress.errors import CaptureError, GateError, PassError, UsageError
 from fxcompress.ir import Program, evaluating, nonfinite_tensors
@@ -89,7 +90,8 @@ def compile(
         passes: What to do, in order. Omitted: fusion, and static INT8 quantization when there is calibration data.
             ``"auto"``, or an ``AutoSearch`` with its budgets: find the mix of precisions that holds ``max_drop`` and is
             fastest as measured; needs ``evaluate`` and ``max_drop``; ``report.trials`` lists what was tried.
-        target: ``"onnxruntime"``, ``"openvino"``, ``"triton"`` or ``"torch"``. Omitted: the fastest of the installed runtimes.
+        target: ``"onnxruntime"``, ``"openvino"``, ``"tensorrt"``, ``"triton"`` or ``"torch"``. Omitted: the fastest of the
+            installed CPU runtimes.
         calibration: Iterable of batches: tensors, tuples (a label behind the inputs is ignored) or dicts.
         train: Iterable of batches with labels, for pruning by gradients.
         loss: ``loss(output, batch) -> scalar`` for ``train``; by default cross-entropy against an integer label.
@@ -209,7 +211,7 @@ class _Job:
     def candidates(self, target: Target) -> list[Candidate]:
         """The float32 engine of ``target`` and, when the passes compress, the compressed one behind it."""
         assert self.captured is not None
-        scheme = target.scheme()
+        scheme = scheme_for(target, self.options)
         steps = self.passes if self.passes is not None else default_passes(quantize=self.data is not None)
         cut = next((i for i, p in enumerate(steps) if not p.exact), len(steps))
         first = next((i for i, p in enumerate(steps) if p.precision), len(steps))

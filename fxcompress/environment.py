@@ -17,8 +17,21 @@ __all__ = ["EXTRAS", "cpu_flags", "describe", "has_vnni", "installed", "missing"
 EXTRAS: dict[str, tuple[str, ...]] = {
     "onnxruntime": ("onnx", "onnxscript", "onnxruntime"),
     "openvino": ("onnx", "onnxscript", "openvino"),
+    "tensorrt": ("onnx", "onnxscript", "onnxruntime", "tensorrt_rtx"),
 }
-_REPORTED = ("torch", "numpy", "onnx", "onnxscript", "onnxruntime", "openvino", "timm", "torchvision", "transformers")
+_REPORTED = (
+    "torch",
+    "numpy",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "openvino",
+    "tensorrt",
+    "tensorrt-rtx-cu13",
+    "timm",
+    "torchvision",
+    "transformers",
+)
 _FLAGS = (
     "avx2",
     "fma",

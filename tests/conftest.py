@@ -19,7 +19,8 @@ _ONNX = ("onnx", "onnxscript")
 _NEEDS: dict[str, tuple[tuple[str, ...], bool]] = {
     "onnxruntime": ((*_ONNX, "onnxruntime"), False),
     "openvino": ((*_ONNX, "openvino"), False),
-    "tensorrt": (("tensorrt",), True),
+    "tensorrt": ((*_ONNX, "onnxruntime", "tensorrt_rtx"), False),
+    "tensorrt_gpu": (_ONNX, True),
     "triton": (("triton",), False),
     "cuda": ((), True),
 }

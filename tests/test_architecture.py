@@ -11,7 +11,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-RUNTIMES = {"triton", "onnx", "onnxruntime", "onnxscript", "onnx_ir", "openvino", "tensorrt", "transformers"}
+RUNTIMES = {
+    "triton",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "onnx_ir",
+    "openvino",
+    "tensorrt",
+    "tensorrt_rtx",
+    "transformers",
+}
 HEAVY = RUNTIMES | {"nncf", "timm", "torchvision", "sklearn", "sentence_transformers"}
 
 # A ranked module may import only what ranks lower or equal (equal ranks must not form a cycle).

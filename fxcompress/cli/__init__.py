@@ -1,4 +1,4 @@
-"""The command line: ``fxcompress compress | inspect | benchmark | tune | env``.
+"""The command line: ``fxcompress compress | build | inspect | benchmark | tune | env``.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 internal error, 2 wrong use, 3 unsupported model,
 4 a gate was missed (what was built is kept), 5 resources or artefact, 130 cancelled. Torch and the runtimes are
@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from fxcompress.cli import benchmark, compress, console, env, inspect, tune
+from fxcompress.cli import benchmark, build, compress, console, env, inspect, tune
 from fxcompress.environment import package_version
 from fxcompress.errors import FxcError
 
@@ -52,6 +52,7 @@ def _options(
 
 
 app.command("compress")(compress.compress)
+app.command("build")(build.build)
 app.command("inspect")(inspect.inspect)
 app.command("benchmark")(benchmark.benchmark)
 app.command("tune")(tune.tune)

@@ -15,7 +15,7 @@ _MODEL = (
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL, show_default=False)]
 TargetOption = Annotated[
-    str, typer.Option("--target", "-t", help="openvino, onnxruntime, torch, or auto: the installed ones.")
+    str, typer.Option("--target", "-t", help="openvino, onnxruntime, tensorrt, torch, or auto: the installed ones.")
 ]
 InputShapeOption = Annotated[
     list[str] | None,

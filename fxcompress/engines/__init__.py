@@ -1,6 +1,6 @@
 """Engines: how a program is run, one file per runtime; runtimes are imported when an engine is built or loaded."""
 
-from fxcompress.engines import onnxruntime, openvino, torch, triton
+from fxcompress.engines import onnxruntime, openvino, tensorrt, torch, triton
 from fxcompress.engines.base import Engine, Target, build_engine, engine_class, registered_targets, target
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "openvino",
     "registered_targets",
     "target",
+    "tensorrt",
     "torch",
     "triton",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import shutil
 import tempfile
 import threading
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Engine", "Runner", "Scratch", "Shapes", "Target", "build_engine", "check_threads", "engine_class", "full_range_weights",
-    "nearest", "register", "registered_targets", "require", "target",
+    "nearest", "register", "registered_targets", "require", "scheme_for", "target",
 ]  # fmt: skip
 
 Runner = Callable[[list[Tensor]], list[Tensor]]
@@ -280,6 +281,12 @@ def nearest(name: str, known: Sequence[str]) -> str:
     """``did you mean ...`` or the known names."""
     close = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known[:20])}"
+
+
+def scheme_for(made: Target, options: Mapping[str, Any]) -> QuantScheme:
+    """The target's scheme when its engine is built with these options, e.g. ``providers``."""
+    known = inspect.signature(made.scheme).parameters
+    return made.scheme(**{name: value for name, value in options.items() if name in known})
 
 
 def build_engine(made: Target, program: Program, **options: Any) -> Engine:

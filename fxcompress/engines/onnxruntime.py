@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -23,6 +24,7 @@ from fxcompress.engines.base import (
 )
 from fxcompress.engines.ort_linear import gemm_form
 from fxcompress.engines.ort_packed import packed_products
+from fxcompress.engines.ort_providers import CPU, checked_providers, fallback_notes, on_tensorrt, usable_providers
 from fxcompress.engines.quantized import Grid, Realizer
 from fxcompress.engines.signature import IOSignature
 from fxcompress.environment import has_vnni
@@ -50,11 +52,18 @@ class OnnxRuntimeEngine(Engine):
 
     def _load(self, shapes: Shapes | None) -> Runner:
         sizes = {} if shapes is None else free_sizes(self.signature, shapes)
-        session = open_session(str(self.folder / MODEL), self.threads, sizes)
+        providers = self.details.get("providers", [])
+        session = open_session(str(self.folder / MODEL), self.threads, sizes, providers=usable_providers(providers)[0])
+        for note in fallback_notes(providers, session.get_providers()):
+            if note not in self.notes:
+                self.notes.append(note)
+                warnings.warn(note, UserWarning, stacklevel=2)
         return _Session(session, self.signature, [s.name for s in self.signature.tensor_outputs()], narrow=True)
 
     def worker_job(self, inputs: Sequence[Tensor]) -> dict[str, Any]:
         """The session with the sizes of ``inputs``."""
+        if self.details.get("providers"):
+            return super().worker_job(inputs)
         names = [s.name for s in self.signature.tensor_inputs()]
         sizes = free_sizes(self.signature, tuple(x.shape for x in inputs))
         return {"runtime": "onnxruntime", "model": str(self.folder / MODEL), "names": names, "sizes": sizes}
@@ -123,14 +132,21 @@ def free_sizes(signature: IOSignature, shapes: Shapes) -> dict[str, int]:
     return {n: size for spec, shape in pairs for n, size in zip(spec.shape, shape, strict=True) if isinstance(n, str)}
 
 
-def open_session(model: str | bytes, threads: int, sizes: dict[str, int], optimized: str | None = None) -> Any:
-    """A CPU session.
+def open_session(
+    model: str | bytes,
+    threads: int,
+    sizes: dict[str, int],
+    optimized: str | None = None,
+    providers: Sequence[str] = (),
+) -> Any:
+    """A session, on the CPU unless ``providers`` says otherwise.
 
     Args:
         model: File name or serialized model.
         threads: Threads of one call.
         sizes: Free sizes to fix.
         optimized: Where to write the graph ONNX Runtime really executes.
+        providers: Execution providers in front of the CPU's, installed ones.
 
     Raises:
         EngineError: ONNX Runtime refuses the model.
@@ -145,7 +161,7 @@ def open_session(model: str | bytes, threads: int, sizes: dict[str, int], optimi
     for name, size in sizes.items():
         options.add_free_dimension_override_by_name(name, size)
     try:
-        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(model, options, providers=[*providers, CPU])
     except Exception as error:  # as above
         raise EngineError(11, "ONNX Runtime refuses the model", why=str(error)[:800]) from error
 
@@ -184,7 +200,7 @@ def write_onnx(portable: PortableModel, folder: Path, external_from: int = EXTER
 
 
 class OnnxRuntimeTarget:
-    """Target ``onnxruntime``: the CPU execution provider."""
+    """Target ``onnxruntime``: the CPU execution provider, or others that ``build`` is given."""
 
     name = "onnxruntime"
     portable = True
@@ -203,8 +219,17 @@ class OnnxRuntimeTarget:
         """Raise MissingRuntimeError when the runtime is not installed."""
         require(self)
 
-    def scheme(self, flags: frozenset[str] | None = None) -> QuantScheme:
-        """uint8 activations and int8 weights per channel; 7-bit weights where 16-bit sums saturate."""
+    def scheme(self, flags: frozenset[str] | None = None, *, providers: Sequence[str] | None = None) -> QuantScheme:
+        """uint8 activations and int8 weights per channel; 7-bit weights where 16-bit sums saturate.
+
+        Args:
+            flags: Of the processor.
+            providers: Of ``build``: with a TensorRT provider the scheme is that of the target ``tensorrt``.
+        """
+        if on_tensorrt(checked_providers(providers)):
+            from fxcompress.engines.base import target
+
+            return target("tensorrt").scheme(flags)
         exact = has_vnni(flags)
         low, high = (-127, 127) if exact else (-64, 63)
         return QuantScheme(
@@ -220,17 +245,37 @@ class OnnxRuntimeTarget:
             reason="" if exact else "no VNNI: 7-bit weights keep 16-bit sums of ONNX Runtime's kernels from saturating",
         )
 
-    def build(self, model: Program | PortableModel, *, threads: int | None = None) -> Engine:
-        """Build an engine; see ``Target.build``."""
+    def build(
+        self,
+        model: Program | PortableModel,
+        *,
+        threads: int | None = None,
+        providers: Sequence[str] | None = None,
+    ) -> Engine:
+        """Build an engine; see ``Target.build``.
+
+        Args:
+            model: The program.
+            threads: Threads of one call.
+            providers: Execution providers in order of preference: ``tensorrt``, ``tensorrt_rtx``, ``cuda``, ``cpu``, or
+                ONNX Runtime's names. Those that are missing are skipped with a note and a warning.
+        """
         require(self)
-        portable = widened(model if isinstance(model, PortableModel) else lower(model))
+        portable = model if isinstance(model, PortableModel) else lower(model)
         threads = check_threads(threads)
-        forms: dict[str, Any] = {"linear_form": gemm_form, "packed": packed_products}
-        ready = Realizer(portable, quantize_dequantize, integer_bias=True, **forms).run()
+        wanted = checked_providers(providers)
+        if on_tensorrt(wanted):
+            from fxcompress.engines.tensorrt_onnx import explicit_quantization
+
+            ready = explicit_quantization(widened(portable)).portable
+        else:
+            forms: dict[str, Any] = {"linear_form": gemm_form, "packed": packed_products}
+            ready = Realizer(widened(portable), quantize_dequantize, integer_bias=True, **forms).run()
         scratch = Scratch()
         try:
             files = write_onnx(ready, scratch.path)
             details = {"files": files, "taps": ready.taps, "full_range_weights": full_range_weights(portable.program)}
+            details |= {"providers": wanted} if wanted else {}
             signature = IOSignature.of(portable.program)
             signature = renamed(signature, ready.outputs)
             engine = OnnxRuntimeEngine(

@@ -185,7 +185,13 @@ class _Placer:
     def _reads_integers(self, user: Node, value: Node) -> bool:
         if user in self.quantized:
             return value is user.args[0] or (user.op == "call_module" and value in user.args)
-        return user in self.joins or user in self.through
+        return (user in self.joins and value is not self._float_operand(user)) or user in self.through
+
+    def _float_operand(self, join: Node) -> Node | None:
+        """The operand of an add that only the add reads, made by a quantized convolution whose kernel adds as well."""
+        if not self.scheme.float_add_operand or self.joins[join] != "add":
+            return None
+        return next((i for i in join.all_input_nodes if self.quantized.get(i) == "conv" and len(i.users) == 1), None)
 
     def _join_of(self, node: Node) -> str | None:
         packet = getattr(node.target, "overloadpacket", None)
@@ -233,7 +239,7 @@ class _Placer:
             if join == "cat":
                 behind += [node] * self.scheme.requantize_cat
                 self.grids.unite(behind)
-            if join in ("add", "cat"):
+            if join == "cat" or (join == "add" and not self.scheme.float_add_operand):
                 self.scales.unite(behind)
 
 

@@ -28,6 +28,8 @@ class QuantScheme:
         quantized_outputs: Kinds of layers that only run on integers when their own output is quantized as well.
         fused_activations: Activations the engine runs in one kernel with the layer before.
         fused_residual: The engine also runs the residual add in that kernel.
+        float_add_operand: In a joined add the operand that a quantized convolution makes for it alone stays float: the
+            add runs behind that convolution, in one kernel. Scales of operands are then not shared.
         integer_bias: Biases are stored as int32 with the scale of input times weight.
         requantize_cat: A concat needs its result quantized again (with the shared scale) to run on integers.
         dynamic_block: Activations that are quantized at run time share a scale over so many features of a token in front
@@ -46,6 +48,7 @@ class QuantScheme:
     quantized_outputs: tuple[str, ...] = ()
     fused_activations: tuple[str, ...] = ALL_ACTIVATIONS
     fused_residual: bool = True
+    float_add_operand: bool = False
     integer_bias: bool = False
     requantize_cat: bool = False
     dynamic_block: int | None = None
