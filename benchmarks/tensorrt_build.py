@@ -107,7 +107,12 @@ def network(name: str, side: int) -> tuple[nn.Module, Callable[[int], Batch]]:
 
         model = cast(nn.Module, get_model(name, weights=None)).train()
         with torch.no_grad():
+            for weight in (p for p in model.parameters() if p.dim() > 1 and not p.any()):
+                nn.init.normal_(weight, std=0.02)  # a head of zeros would agree with anything
             model(torch.randn(4, 3, side, side))  # BatchNorm statistics that are not the identity
+    for path, weight in model.named_parameters():
+        if path.endswith("layer_scale"):  # begins at 1e-6, which float16 hardly has; trained ones are larger
+            nn.init.constant_(weight, 0.1)
     return model.eval(), lambda count: _batch((3, side, side), count)
 
 

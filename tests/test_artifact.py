@@ -188,7 +188,7 @@ TAMPERED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "list as manifest": (lambda f: (f / MANIFEST).write_text("[]"), "manifest is damaged"),
     "another format": (lambda f: edit(f, format="zip"), "manifest is damaged"),
     "newer version": (lambda f: edit(f, schema=2), "written by a newer version"),
-    "unknown engine": (lambda f: edit(f, engine="tensorrt"), "engine this version does not have"),
+    "unknown engine": (lambda f: edit(f, engine="tensorflow"), "engine this version does not have"),
     "no signature": (lambda f: edit(f, signature={}), "manifest is damaged"),
     "broken signature": (lambda f: edit(f, signature=[1]), "manifest is damaged"),
     "unlisted engine file": (

@@ -24,6 +24,8 @@ _NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 _WEIGHTS = re.compile(r"Weights: \{\s*\"?Type\"?: \"?(\w+)")
 #: Steps of a generated kernel that only move values or change their type.
 _MOVES = frozenset({"Tran", "Move", "Resh", "Copy", "Cast"})
+#: Nodes of the file that a change of type may carry the name of.
+_CONVERSIONS = ("QuantizeLinear", "DequantizeLinear", "Cast")
 _NO_KERNEL = ("shape_call", "Constant", "NoOp", "constant")
 
 
@@ -49,9 +51,11 @@ class EngineLayer:
 
     @property
     def moves(self) -> bool:
-        """True when it computes nothing: a change of layout or type between two layers."""
+        """True when the builder put it in to change layout or type; the model's own transpositions are not meant."""
         if self.kind.lower() == "reformat":
             return True
+        if any(not node.rpartition("/")[2].startswith(_CONVERSIONS) for node in self.nodes):
+            return False
         steps = re.findall(r"[A-Z][a-z0-9]*", self.name.removeprefix("__myl_").split("_myl")[0])
         return self.kind == "kgen" and bool(steps) and set(steps) <= _MOVES
 
@@ -117,7 +121,7 @@ class LayerReport:
         adds: Name of each residual add between quantized convolutions -> ``int8``: one kernel reads the residual as
             integers, adds and writes integers; ``fused``: one kernel also quantizes the residual, which never leaves
             it; or ``float``.
-        reformats: Layers that change layout or type alone, everywhere in the engine.
+        reformats: Layers that the builder put in to change layout or type, everywhere in the engine.
         stray: Those of them that read and write integers: between two quantized layers.
         count: Layers of the engine.
     """

@@ -18,6 +18,8 @@ __all__ = ["InputStatistics", "input_rows", "not_finite_note"]
 _BLOCK = 1 << 24
 #: Rows whose products are summed in float32.
 _FLUSH = 1 << 14
+#: Rows of the sums that are added at once.
+_ROWS = 256
 #: Share of inputs that may hold NaN or infinity.
 _MAX_BAD = 0.01
 
@@ -79,9 +81,16 @@ class InputStatistics:
     def total(self) -> Tensor | None:
         """The sums; None when there was no usable input."""
         if self._recent is not None:
-            self._total = self._recent.double() if self._total is None else self._total.add_(self._recent)
+            if self._total is None:
+                self._total = torch.zeros_like(self._recent, dtype=torch.float64)
+            for part, new in zip(self._total.split(_ROWS, 1), self._recent.split(_ROWS, 1), strict=True):
+                part.add_(new)  # in parts: types are matched in a copy
             self._recent, self._recent_rows = None, 0
         return self._total
+
+    def forget(self) -> None:
+        """Let the sums go, which may be large."""
+        self._total = self._recent = None
 
     def update(self, x: Tensor) -> None:
         """Add one input of the layer, as its ``forward`` takes it."""

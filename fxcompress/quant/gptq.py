@@ -31,7 +31,7 @@ class Curvature:
     """What GPTQ needs of a layer's inputs.
 
     Attributes:
-        factor: Upper Cholesky factor of the inverse of the damped Hessian, columns in the order of ``order``, float64.
+        factor: Upper Cholesky factor of the inverse of the damped Hessian, columns in the order of ``order``.
         order: Columns in the order in which they are rounded.
         damping: Share of the mean diagonal that was added; more than asked for when that was not enough.
     """
@@ -41,7 +41,7 @@ class Curvature:
     damping: float
 
 
-def factorize(moments: Tensor, damping: float, act_order: bool) -> Curvature:
+def factorize(moments: Tensor, damping: float, act_order: bool, dtype: torch.dtype = torch.float64) -> Curvature:
     """Damp, order and factorize ``H``.
 
     Inputs that are always zero say nothing: they get a curvature of 1 of their own, so their weights are just rounded.
@@ -50,6 +50,7 @@ def factorize(moments: Tensor, damping: float, act_order: bool) -> Curvature:
         moments: ``H = X^T X`` [in, in].
         damping: Share of the mean of the diagonal to add to the diagonal.
         act_order: Round the columns with the largest inputs first.
+        dtype: Of the factor; it is computed in float64.
 
     Raises:
         PassError: ``H`` is not finite or not positive definite even with much more damping.
@@ -58,7 +59,7 @@ def factorize(moments: Tensor, damping: float, act_order: bool) -> Curvature:
     order = torch.argsort(sizes, descending=True, stable=True) if act_order else torch.arange(len(moments))
     mean = float(sizes.double().mean()) or 1.0
     for _ in range(_ESCALATIONS + 1):
-        factor = _inverse_factor(moments, order, damping * mean)
+        factor = _inverse_factor(moments, order, damping * mean, dtype)
         if factor is not None:
             return Curvature(factor, order, damping)
         damping = max(damping, 1e-3) * 10
@@ -70,7 +71,7 @@ def factorize(moments: Tensor, damping: float, act_order: bool) -> Curvature:
     )
 
 
-def _inverse_factor(moments: Tensor, order: Tensor, damping: float) -> Tensor | None:
+def _inverse_factor(moments: Tensor, order: Tensor, damping: float, dtype: torch.dtype) -> Tensor | None:
     """Upper ``C`` with ``C^T C = H^-1``; None when ``H`` is not positive definite.
 
     With the columns in reverse order ``H = L L^T``, so that ``L^-1``, put in order again, is ``C``.
@@ -81,10 +82,10 @@ def _inverse_factor(moments: Tensor, order: Tensor, damping: float) -> Tensor | 
     diagonal.add_((diagonal <= 0).double() + damping)
     lower, bad = hessian.t(), torch.empty((), dtype=torch.int32, device=hessian.device)
     torch.linalg.cholesky_ex(lower, out=(lower, bad))  # where it lies: columns in one piece, as LAPACK wants them
-    if int(bad) or not all_finite(lower):
+    if int(bad) or not all_finite(hessian):
         return None
     _invert(lower)
-    return lower.flip(0, 1) if all_finite(lower) else None
+    return lower.to(dtype).flip(0, 1) if all_finite(hessian) else None
 
 
 def _invert(lower: Tensor) -> None:

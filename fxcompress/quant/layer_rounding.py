@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from fxcompress.data import Call
+from fxcompress.environment import trim_memory
 from fxcompress.ir import Program, evaluating
 from fxcompress.layerwise.statistics import InputStatistics, not_finite_note
 from fxcompress.layerwise.store import WeightStore
@@ -21,7 +22,7 @@ from fxcompress.layerwise.walk import Walk
 from fxcompress.progress import progress_bar
 from fxcompress.prune.sensitivity_cache import fingerprint
 from fxcompress.quant.awq import search_factors
-from fxcompress.quant.gptq import factorize, gptq
+from fxcompress.quant.gptq import Curvature, factorize, gptq
 from fxcompress.quant.grids import RowGrid, row_grid
 from fxcompress.quant.layer_weights import attach_quantizer, layer_weight, other_readers, put_weight
 from fxcompress.quant.migration import Migration, find_migration
@@ -108,6 +109,7 @@ class LayerRounding:
             progress_bar("rounded", len(self.layers), self.options.progress, header) as advance,
         ):
             for number, stop in enumerate(self._stops):
+                trim_memory()
                 for layer in self._round_stop(number, stop):
                     if self.options.sequential:
                         self._put(layer)
@@ -180,7 +182,13 @@ class LayerRounding:
             factors = self._scale(stop, layers, moments, statistics.absolute[0] / statistics.rows)
             if factors is not None:
                 moments = moments / factors[1] / factors[1][:, None]
-        self._round(names, layers, moments)
+        options = self.options
+        grids = [self._grid(layer, self._rows(layer), options.range_method, moments) for layer in layers]
+        curvature = self._curvature(names, moments) if options.compensates else None
+        del moments
+        statistics.forget()
+        for layer, grid in zip(layers, grids, strict=True):
+            self._round(layer, grid, curvature)
         return None if factors is None else factors[0]
 
     def _moments(self, names: str, statistics: InputStatistics) -> Tensor | None:
@@ -224,19 +232,19 @@ class LayerRounding:
             if layer.rows is not None:
                 layer.rows = layer.rows / column
 
-    def _round(self, names: str, layers: list[RoundedLayer], moments: Tensor) -> None:
-        options = self.options
-        curvature = factorize(moments, options.damping, options.act_order) if options.compensates else None
-        if curvature is not None and curvature.damping > options.damping:
-            self.notes.append(f"{names}: second moments are singular: damped by {curvature.damping:g} of their mean")
-        regrid = None if options.static_groups else options.range_method
-        for layer in layers:
-            rows = self._rows(layer)
-            grid = self._grid(layer, rows, options.range_method, moments)
-            new = None
-            if curvature is not None:
-                new, grid = gptq(rows, curvature, grid, regrid)
-            self._take(layer, grid, new)
+    def _curvature(self, names: str, moments: Tensor) -> Curvature:
+        found = factorize(moments, self.options.damping, self.options.act_order, torch.float32)
+        if found.damping > self.options.damping:
+            self.notes.append(f"{names}: second moments are singular: damped by {found.damping:g} of their mean")
+        return found
+
+    def _round(self, layer: RoundedLayer, grid: RowGrid, curvature: Curvature | None) -> None:
+        if curvature is None:
+            self._take(layer, grid)
+            return
+        regrid = None if self.options.static_groups else self.options.range_method
+        new, grid = gptq(self._rows(layer), curvature, grid, regrid)
+        self._take(layer, grid, new)
 
     def _grid(self, layer: RoundedLayer, rows: Tensor, method: RangeChoice, moments: Tensor | None = None) -> RowGrid:
         dtype = layer_weight(self.program, layer.nodes[0]).dtype

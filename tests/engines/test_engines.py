@@ -267,7 +267,7 @@ def test_no_threads(runtime: str) -> None:
 
 
 def test_target_names() -> None:
-    assert set(registered_targets()) == {"onnxruntime", "openvino", "torch", "triton"}
+    assert set(registered_targets()) == {"onnxruntime", "openvino", "tensorrt", "torch", "triton"}
     with pytest.raises(UsageError, match="did you mean 'openvino'"):
         target("openvion")
 

@@ -65,6 +65,13 @@ def test_what_was_quantized_is_looked_up() -> None:
     assert LayerReport.from_dict(report.to_dict()) == report
 
 
+def test_the_models_own_transposition_is_no_reformat() -> None:
+    own = line("__myl_MoveTran_myl0_1", "kgen", "Int8", "", "Int8", "attention/Transpose")
+    added = line("__myl_MoveTran_myl0_2", "kgen", "Int8", "", "Int8", "x/DequantizeLinear")
+    layers = parse_layers([("VERBOSE", f"Layers:\n{own}\n{added}")])
+    assert [layer.moves for layer in layers] == [False, True]
+
+
 def test_a_residual_that_never_leaves_the_kernel() -> None:
     text = "Layers:\n" + line("k", "kgen", "Float Float", "Float", "Int8", "d/Add r/QuantizeLinear s/QuantizeLinear")
     layers = parse_layers([("VERBOSE", text)])

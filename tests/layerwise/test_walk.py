@@ -18,12 +18,12 @@ from fxcompress.layerwise.walk import Walk
 class Blocks(nn.Module):
     """Residual blocks with a wide middle, a mask that depends on sizes only, and a norm spelled out."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: int = 3) -> None:
         super().__init__()
         self.embed = nn.Embedding(20, 8)
         self.scale = nn.Parameter(torch.rand(8) + 0.5)
-        self.up = nn.ModuleList(nn.Linear(8, 64) for _ in range(3))
-        self.down = nn.ModuleList(nn.Linear(64, 8) for _ in range(3))
+        self.up = nn.ModuleList(nn.Linear(8, 64) for _ in range(count))
+        self.down = nn.ModuleList(nn.Linear(64, 8) for _ in range(count))
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embed(tokens)
@@ -113,6 +113,18 @@ def test_a_small_budget_keeps_the_residual_stream() -> None:
     widest = 12 * 5 * 64 * 4
     walk = Walk(program, [((c,), {}) for c in calls()], 2000)
     assert all(walk._width[base] <= 2000 for base in narrow) and max(walk._width) >= widest
+
+
+def test_the_way_from_what_is_kept_stays_short() -> None:
+    """The residual stream does not fit, the tokens would; going back to them for every layer would cost layers squared."""
+    torch.manual_seed(0)
+    program = fxc.capture(Blocks(12).eval(), (calls()[0],))
+    _, bases = visited(program, 1000, change=False)
+    order = list(program.graph.nodes)
+    layers = [i for i, n in enumerate(order) if n.op == "call_module" and isinstance(program.module(n), nn.Linear)]
+    for stop, base in zip(layers, bases, strict=True):
+        assert sum(base <= i < stop for i in layers) <= 8
+    assert len(set(bases)) > 6
 
 
 def test_a_token_out_of_the_vocabulary_is_named() -> None:
