@@ -25,6 +25,7 @@ from fxcompress.engines.base import (
 from fxcompress.engines.ort_linear import gemm_form
 from fxcompress.engines.ort_packed import packed_products
 from fxcompress.engines.ort_providers import CPU, checked_providers, fallback_notes, on_tensorrt, usable_providers
+from fxcompress.engines.ort_views import tidy
 from fxcompress.engines.quantized import Grid, Realizer
 from fxcompress.engines.signature import IOSignature
 from fxcompress.environment import has_vnni
@@ -269,7 +270,7 @@ class OnnxRuntimeTarget:
 
             ready = explicit_quantization(widened(portable)).portable
         else:
-            forms: dict[str, Any] = {"linear_form": gemm_form, "packed": packed_products}
+            forms: dict[str, Any] = {"linear_form": gemm_form, "packed": packed_products, "tidy": tidy}
             ready = Realizer(widened(portable), quantize_dequantize, integer_bias=True, **forms).run()
         scratch = Scratch()
         try:

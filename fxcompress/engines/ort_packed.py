@@ -8,12 +8,15 @@ kernel, up to 20 times slower than float32, so they are unpacked when the model 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from fxcompress.engines.ort_attention import products_in_parts
 from fxcompress.engines.ort_norms import rms_norms
+from fxcompress.engines.ort_rotary import rotary_embeddings
 from fxcompress.engines.packed import (
     Integers,
     Product,
@@ -22,10 +25,12 @@ from fxcompress.engines.packed import (
     finish,
     integers_of,
     pack,
+    readers,
     scaled_by_largest,
     stored,
     unpack,
 )
+from fxcompress.engines.quantized import as_torch
 from fxcompress.engines.stored_tables import integer_lstms
 
 if TYPE_CHECKING:
@@ -43,21 +48,26 @@ _ROW_BLOCK = 128
 
 
 def packed_products(r: Realizer) -> None:
-    """Rewrite every product with a packed weight as the fastest form that computes what is simulated; LSTMs and RMSNorms, too."""
+    """Rewrite every product with a packed weight as the fastest form that computes what is simulated.
+
+    LSTMs, RMSNorms and rotary embeddings become one operator each, too, and a cache is read without copying it.
+    """
     rms_norms(r)
+    rotary_embeddings(r)
+    products_in_parts(r)
     integer_lstms(r)
     unpacked = []
-    for p in list(find_products(r)):
+    for p in find_products(r):
         w = integers_of(p)
         if p.block == 0 and w.symmetric and w.groups == 1:
             _integer_product(r, p, w)
             continue
-        block = _block(p, w)
-        if block is None:
+        form = _form(p, w)
+        if form is None:
             unpack(r, p)
             unpacked.append(p.name)
         else:
-            _matmul_nbits(r, p, w, block)
+            _matmul_nbits(r, [(p, w), *_beside(r, p, form)], form)
     if unpacked:
         names = ", ".join(dict.fromkeys(unpacked))
         r.notes.append(
@@ -66,8 +76,26 @@ def packed_products(r: Realizer) -> None:
         )
 
 
+@dataclass(frozen=True)
+class _Form:
+    """Attributes of a MatMulNBits."""
+
+    bits: int
+    block_size: int
+    accuracy_level: int
+
+
+def _form(p: Product, w: Integers) -> _Form | None:
+    """The MatMulNBits for a product; None when there is none for it, or only a slow one."""
+    block = _block(p, w)
+    if block is None:
+        return None
+    dynamic = p.block is not None
+    bits = 2 if w.bits == 2 and dynamic and 32 <= block <= 128 else max(w.bits, 4)
+    return _Form(bits, block, _INT8 if dynamic else _FLOAT)
+
+
 def _block(p: Product, w: Integers) -> int | None:
-    """Block size for MatMulNBits; None when it cannot compute this, or only slowly."""
     group = w.group if w.groups > 1 else 0
     if p.rank < 2:
         return None
@@ -79,44 +107,68 @@ def _block(p: Product, w: Integers) -> int | None:
     return p.block if p.block in _SIZES and group % p.block == 0 else None
 
 
-def _matmul_nbits(r: Realizer, p: Product, w: Integers, block: int) -> None:
-    dynamic = p.block is not None
-    bits = 2 if w.bits == 2 and dynamic and 32 <= block <= 128 else max(w.bits, 4)
-    key = ("matmul_nbits", id(p.quantizer), bits, block)
+def _beside(r: Realizer, p: Product, form: _Form) -> list[tuple[Product, Integers]]:
+    """Other products of the same input in the same form, as of queries, keys and values: one call does them all."""
+    if not _alone(p):
+        return []
+    others = [(q, integers_of(q)) for q in readers(r, p.x) if q.node is not p.node and _alone(q)]
+    return [(q, w) for q, w in others if q.block == p.block and _form(q, w) == form]
+
+
+def _alone(p: Product) -> bool:
+    """The weight is that of one product only; others are stored once."""
+    return len(p.quantizer.outputs[0].uses()) == 1 and len(p.weight.uses()) == 1
+
+
+def _matmul_nbits(r: Realizer, parts: list[tuple[Product, Integers]], form: _Form) -> None:
+    """One MatMulNBits for some products of the same input, and a Split behind it if they are several."""
+    key = ("matmul_nbits", form, *(id(p.quantizer) for p, _ in parts))
     if key not in r.memo:
-        r.memo[key] = _operands(r, str(p.weight.name), w, bits, block)
-    rows, features = w.values.shape
-    bias, _ = bias_of(p)
-    inputs = [p.x, *r.memo[key], *([None, bias] if bias is not None else [])]
-    if len(r.memo[key]) == 2 and bias is not None:
-        inputs.insert(3, None)
-    sizes = {"K": features, "N": rows, "bits": bits, "block_size": block}
-    level = _INT8 if dynamic else _FLOAT
+        r.memo[key] = _operands(r, str(parts[0][0].weight.name), [w for _, w in parts], form)
+    rows = [int(w.values.shape[0]) for _, w in parts]
+    operands, bias, p = r.memo[key], _bias(r, [q for q, _ in parts], rows), parts[0][0]
+    inputs = [p.x, *operands] if bias is None else [p.x, *operands, *[None] * (4 - len(operands)), bias]
+    sizes = {"K": int(parts[0][1].values.shape[1]), "N": sum(rows), "bits": form.bits, "block_size": form.block_size}
     name = f"{p.name}/MatMulNBits"
-    finish(
-        r,
-        p,
-        r.emit(p.node, "MatMulNBits", *inputs, name=name, domain=_DOMAIN, accuracy_level=level, **sizes),
-        has_bias=True,
-    )
+    level = {"accuracy_level": form.accuracy_level}
+    product = r.emit(p.node, "MatMulNBits", *inputs, name=name, domain=_DOMAIN, **level, **sizes)
+    pieces = [product]
+    if len(parts) > 1:
+        pieces = r.split(p.node, product, r.shape_constant(rows), len(rows), name=f"{p.name}/Split")
+    for (q, _), piece in zip(parts, pieces, strict=True):
+        finish(r, q, piece, has_bias=True)
 
 
-def _operands(r: Realizer, name: str, w: Integers, bits: int, block: int) -> list[ir.Value]:
+def _bias(r: Realizer, parts: list[Product], rows: list[int]) -> ir.Value | None:
+    """The biases behind each other; zeros for a product without one."""
+    values = [bias_of(p)[0] for p in parts]
+    if len(parts) == 1 or not any(values):
+        return values[0]
+    tensors = [torch.zeros(n) if v is None else as_torch(v).float() for v, n in zip(values, rows, strict=True)]
+    return r.initializer(f"{parts[0].name}.bias_of_all", torch.cat(tensors))
+
+
+def _operands(r: Realizer, name: str, weights: list[Integers], form: _Form) -> list[ir.Value]:
     """Packed weight [rows, blocks, bytes], scales [rows * blocks] and, unless it is the middle, packed zero points."""
-    rows, features = w.values.shape
-    blocks = -(-features // block)
-    shift = (1 << (bits - 1)) if w.signed else 0
-    repeats = (block_index(w, features, block),)
-    scale, zero = (t[:, repeats[0]] for t in (w.scale, w.zero_point + shift))
-    values = (w.values + shift).to(torch.uint8)
-    values = torch.nn.functional.pad(values, (0, blocks * block - features))
+    packed, scales, zeros = zip(*(_packed(w, form) for w in weights), strict=True)
     operands = [
-        r.initializer(f"{name}_packed", pack(values.reshape(rows, blocks, block), bits)),
-        r.initializer(f"{name}_scale", scale.reshape(-1).contiguous()),
+        r.initializer(f"{name}_packed", torch.cat(packed)),
+        r.initializer(f"{name}_scale", torch.cat(scales).reshape(-1)),
     ]
-    if bool((zero != 1 << (bits - 1)).any()):
-        operands.append(r.initializer(f"{name}_zero_point", pack(zero, bits).reshape(-1).contiguous()))
+    zero = torch.cat(zeros)
+    if bool((zero != 1 << (form.bits - 1)).any()):
+        operands.append(r.initializer(f"{name}_zero_point", pack(zero, form.bits).reshape(-1).contiguous()))
     return operands
+
+
+def _packed(w: Integers, form: _Form) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed integers, scales and zero points [rows, blocks] of a weight."""
+    (rows, features), block = w.values.shape, form.block_size
+    blocks = -(-features // block)
+    shift = (1 << (form.bits - 1)) if w.signed else 0
+    groups = block_index(w, features, block)
+    values = torch.nn.functional.pad((w.values + shift).to(torch.uint8), (0, blocks * block - features))
+    return pack(values.reshape(rows, blocks, block), form.bits), w.scale[:, groups], (w.zero_point + shift)[:, groups]
 
 
 def block_index(w: Integers, features: int, block: int) -> Tensor:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fxcompress.engines.quantized import Grid, Realizer
 
 __all__ = [
-    "Integers", "Product", "container_bits", "emulate", "find_products", "finish", "integers_of", "pack", "rounded",
+    "Integers", "Product", "container_bits", "emulate", "find_products", "finish", "integers_of", "pack", "readers", "rounded",
     "unpack",
 ]  # fmt: skip
 
@@ -120,6 +120,14 @@ def find_products(r: Realizer) -> Iterator[Product]:
         found = _product(r, node) if node.op_type in ("Gemm", "MatMul") and node.domain == "" else None
         if found is not None:
             yield found
+
+
+def readers(r: Realizer, x: ir.Value) -> list[Product]:
+    """Products of ``x``, read as it is or quantized at run time."""
+    nodes = [use.node for use in x.uses()]
+    nodes += [use.node for n in nodes if n.op_type == "DynamicFakeQuantize" for use in n.outputs[0].uses()]
+    found = [_product(r, n) for n in dict.fromkeys(nodes) if n.op_type in ("Gemm", "MatMul") and n.domain == ""]
+    return [p for p in found if p is not None and p.x is x]
 
 
 def _product(r: Realizer, node: ir.Node) -> Product | None:

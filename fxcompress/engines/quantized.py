@@ -92,6 +92,7 @@ class Realizer:
         integer_bias: Store biases of quantized layers as int32.
         linear_form: Rewrites quantized matrix products before the biases are stored.
         packed: Rewrites the products of `packed.find_products`.
+        tidy: Runs last.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class Realizer:
         integer_bias: bool = False,
         linear_form: Callable[[Realizer], None] | None = None,
         packed: Callable[[Realizer], None] | None = None,
+        tidy: Callable[[Realizer], None] | None = None,
     ) -> None:
         import onnx_ir as ir
 
@@ -112,11 +114,13 @@ class Realizer:
         self.integer_bias = integer_bias
         self.linear_form = linear_form
         self.packed = packed
+        self.tidy = tidy
         self.memo: dict[Any, Any] = {}
         self.notes: list[str] = []
         self.activation_scales: dict[int, Tensor] = {}
         self.weights: dict[int, _Weight] = {}
         self._constants: dict[Any, ir.Value] = {}
+        self._names: dict[str, int] = {str(n.name): 1 for n in self.graph}
 
     def run(self) -> PortableModel:
         """Rewrite every FakeQuantize node; what was left out is in the notes."""
@@ -140,6 +144,8 @@ class Realizer:
                 if node.op_type in ("Conv", "ConvTranspose", "Gemm"):
                     self._bias(node)
         self._fold_transposes()
+        if self.tidy is not None:
+            self.tidy(self)
         prune(self.portable)
         self.portable.model.opset_imports.pop(DOMAIN, None)
         self.portable.notes += self.notes
@@ -311,11 +317,26 @@ class Realizer:
     def emit(
         self, before: ir.Node, kind: str, *inputs: ir.Value | None, name: str, domain: str = "", **attributes: Any
     ) -> ir.Value:
-        """A node with one output, in front of ``before``."""
+        """A node with one output, in front of ``before``; the name gets a number when a node has it."""
+        name = self._free_node_name(name)
         node = self.ir.node(kind, inputs, attributes=attributes, domain=domain, name=name)
         node.outputs[0].name = f"{name}_output"
         self.graph.insert_before(before, node)
         return node.outputs[0]
+
+    def _free_node_name(self, name: str) -> str:
+        count = self._names.get(name, 0)
+        self._names[name] = count + 1
+        return f"{name}_{count}" if count else name
+
+    def split(self, before: ir.Node, value: ir.Value, sizes: ir.Value, count: int, *, name: str) -> list[ir.Value]:
+        """``count`` parts of a value along its last dimension, by a node in front of ``before``."""
+        name = self._free_node_name(name)
+        node = self.ir.node("Split", (value, sizes), attributes={"axis": -1}, num_outputs=count, name=name)
+        for i, part in enumerate(node.outputs):
+            part.name = f"{name}_output_{i}"
+        self.graph.insert_before(before, node)
+        return list(node.outputs)
 
     def dequantize(
         self, at: ir.Node, stored: ir.Value, scale: Tensor, zero_point: Tensor, kind: torch.dtype, axis: int
