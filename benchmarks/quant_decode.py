@@ -2,8 +2,9 @@
 
     python -m benchmarks.quant_decode [--quick] [--peers-only] [--only onnxruntime|openvino] [--past 256] [--resume]
 
-The peers start from the very float32 files that fxcompress writes: ``MatMulNBitsQuantizer`` of ONNX Runtime, and
-``compress_weights`` of NNCF in OpenVINO, whose plug-in quantizes activations of compressed layers on its own. Each engine
+In ONNX Runtime the peers start from PyTorch's exporter, as their users do: the file as it is, and behind
+``MatMulNBitsQuantizer``, which is also given the float32 file that fxcompress writes. In OpenVINO ``compress_weights`` of
+NNCF is given our float32 file; the plug-in quantizes activations of compressed layers on its own. Each engine
 runs in a process of its own, in rounds, the others standing still. Error and agreement are those of the logits at one
 place of WikiText-2. ``--resume`` takes the engines that an interrupted run has built.
 """
@@ -31,6 +32,7 @@ Arrays = dict[str, npt.NDArray[np.generic]]
 
 GROUP: Final = 64
 FLOAT: Final = "float32"
+EXPORTED: Final = "PyTorch's export, float32"
 FASTEST: Final = "INT4 groups of 64, int8 activations"
 
 
@@ -159,22 +161,34 @@ class Bench:
         source = next((self.folder / target / _slug(FLOAT)).rglob("*.onnx" if target == "onnxruntime" else "*.xml"))
         made: dict[str, Callable[[Path], None]] = {}
         if target == "onnxruntime":
-            for bits, level in ((4, 0), (4, 4), (8, 4)):
-                made[f"MatMulNBitsQuantizer INT{bits} groups of {GROUP}, accuracy level {level}"] = _nbits(
-                    source, bits, level
-                )
+            exported = self._exported()
+            yield Contestant(EXPORTED, target, str(exported), {"of": "exporter", "megabytes": _size(exported)})
+            for bits, level in ((4, 4), (4, 0), (8, 4)):
+                name = f"MatMulNBitsQuantizer INT{bits} groups of {GROUP}, accuracy level {level}"
+                made[name] = _nbits(exported, bits, level)
+            made[f"MatMulNBitsQuantizer INT4 groups of {GROUP}, accuracy level 4, on fxcompress float32"] = _nbits(
+                source, 4, 4
+            )
         else:
             for mode, group in (("int4_sym", GROUP), ("int4_asym", GROUP), ("int8_sym", -1)):
                 made[f"NNCF {mode}" + (f" groups of {group}" if group > 0 else "")] = _nncf(source, mode, group)
-        for name, make in list(made.items())[: 2 if self.options.quick else None]:
+        for name, make in list(made.items())[: 1 if self.options.quick else None]:
             path = self.folder / target / f"{_slug(name)}{source.suffix}"
             if not self.options.resume:
                 path.unlink(missing_ok=True)
             export.cached(path, make)
-            size = (
-                path.stat().st_size + (path.with_suffix(".bin").stat().st_size if target == "openvino" else 0)
-            ) / 1e6
-            yield Contestant(name, target, str(path), {"of": "peer", "megabytes": round(size, 1)})
+            weights = [path.with_suffix(".bin")] if target == "openvino" else []
+            size: float = sum(_size(p) for p in (path, *weights))
+            yield Contestant(name, target, str(path), {"of": "peer", "megabytes": size})
+
+    def _exported(self) -> Path:
+        """The step as PyTorch exports it."""
+
+        def make(path: Path) -> None:
+            with export.quiet():
+                torch.onnx.export(self.step, self.inputs, path, dynamo=True, external_data=False)
+
+        return export.cached(self.folder / "onnxruntime" / "exported.onnx", make)
 
     def logits(self, contestant: Contestant) -> dict[str, Json]:
         """How far an engine's logits are from those of the network."""
@@ -187,7 +201,7 @@ class Bench:
         """Build, check and race the engines of one runtime."""
         entries = [*self.ours(target), *self.peers(target)]
         if self.options.peers_only:
-            entries = [c for c in entries if FLOAT in c.name or c.settings["of"] == "peer"]
+            entries = [c for c in entries if c.name.endswith(FLOAT) or c.settings["of"] == "peer"]
         checks: dict[str, Json] = {c.name: self.logits(c) for c in entries}
         race = harness.race(entries, self.arrays, harness.timing_of(self.options))
         return {"engines": race.summary(), "logits": checks, "comparison": compare(race)}
@@ -197,8 +211,9 @@ def compare(race: Race) -> dict[str, Json]:
     """Time of float32 over that of every other engine, and of the fastest peer over ours."""
     names = [c.name for c in race.contestants]
     peers = [c.name for c in race.contestants if c.settings["of"] == "peer"]
-    base = race.fastest([n for n in names if FLOAT in n and "head" not in n])
-    pairs = [(base, n) for n in names if n != base]
+    floats = [n for n in names if n in (EXPORTED, f"fxcompress {FLOAT}")]
+    base = race.fastest(floats)
+    pairs = [(slow, n) for slow in floats for n in names if n != slow]
     pairs += [(race.fastest(peers), n) for n in names if n not in peers]
     rows: dict[str, Json] = {"float32": base, "fastest_peer": race.fastest(peers)}
     for slow, fast in pairs:
@@ -242,8 +257,10 @@ def _slug(name: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in name.lower())
 
 
-def _size(folder: Path) -> float:
-    return round(sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 1e6, 1)
+def _size(path: Path) -> float:
+    """Megabytes of a file or of all files in a folder."""
+    files = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
+    return round(sum(f.stat().st_size for f in files) / 1e6, 1)
 
 
 def show(target: str, result: dict[str, Any]) -> None:

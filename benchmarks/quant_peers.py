@@ -1,11 +1,13 @@
 """SmolLM2-135M quantized by us and by others: WikiText-2 perplexity, wall seconds, peak memory.
 
-    python -m benchmarks.quant_peers [--quick] [--peers-only] [--peer-python PYTHON] [--calibration 128] [--resume]
+    python -m benchmarks.quant_peers [--quick] [--peers-only] [--peer-python PYTHON] [--calibration 32] [--resume]
+    python -m benchmarks.quant_peers --claim quant_gptq --only GPTQ --calibration 128    # seconds and memory alone
 
 Every quantizer runs in a process of its own on the same weights and the same tokens: calibration is the first half of
 the text, the score that of the second. All 210 linear layers of the decoder in groups of 64, embedding and head in
 float32. LLM Compressor and AutoRound run with their defaults in the environment of ``--peer-python`` (or of
-``$FXC_LLMCOMPRESSOR_PYTHON``). ``--resume`` keeps the rows of an interrupted run with the same settings.
+``$FXC_LLMCOMPRESSOR_PYTHON``). ``--only`` runs the rows whose name holds the text; ``--resume`` keeps the rows of an
+interrupted run with the same settings.
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ def recipes(samples: int) -> dict[str, list[dict[str, Any]]]:
     dynamic = {"name": "QuantizeDynamic", "ignore": ["lm_head"]}
     best = {**grid, **data, "method": "awq+gptq"}
     return {
+        "float32": [],
         "RTN": [{**grid, "calibrator": "minmax"}],
         "GPTQ": [{**grid, **data, "method": "gptq"}],
         "AWQ": [{**grid, **data, "method": "awq"}],
@@ -88,7 +91,7 @@ class Bench:
 
     def _known(self) -> dict[str, Json]:
         """Rows of an interrupted run with the same settings; those with an error are measured again."""
-        path = harness.RESULTS / f"quant_peers{'_quick' if self.options.quick else ''}.json"
+        path = harness.RESULTS / f"{self.options.claim}{'_quick' if self.options.quick else ''}.json"
         content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"settings": {}}
         if any(content["settings"].get(name) != value for name, value in self.settings.items()):
             return {}
@@ -127,14 +130,14 @@ class Bench:
             print(f"{name}: {what}, peak {row['peak_of_weights']:.2f} x weights", flush=True)
         self.rows[name] = row
         options = argparse.Namespace(**{**vars(self.options), "only": ""})
-        harness.write("quant_peers", self.rows, self.settings, options)
+        harness.write(self.options.claim, self.rows, self.settings, options)
 
 
 def main() -> None:
     """Command line."""
     options = harness.arguments(
         "Ours and others' quantization of SmolLM2-135M.",
-        peer_python="", calibration=128, sequences=24, only="", resume=False,
+        peer_python="", calibration=32, sequences=24, only="", resume=False, claim="quant_peers",
     )  # fmt: skip
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory(prefix="fxc-bench-") as folder:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks import kernel_tables, pruning_tables
+from benchmarks import kernel_tables, pruning_tables, quant_tables
 from benchmarks.harness import RESULTS, table
 
 PAGE: Final = Path(__file__).parent.parent / "docs" / "benchmarks.md"
@@ -221,6 +221,7 @@ TABLES: Final[Mapping[str, Callable[[str], str]]] = {
     "capture_cost": capture_cost,
     "tensorrt_build": tensorrt_build,
     **dict.fromkeys(pruning_tables.TABLES, lambda claim: pruning_tables.TABLES[claim](results(claim))),
+    **dict.fromkeys(quant_tables.TABLES, lambda claim: quant_tables.TABLES[claim](results(claim))),
 }
 
 

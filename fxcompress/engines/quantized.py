@@ -331,8 +331,21 @@ class Realizer:
 
     def split(self, before: ir.Node, value: ir.Value, sizes: ir.Value, count: int, *, name: str) -> list[ir.Value]:
         """``count`` parts of a value along its last dimension, by a node in front of ``before``."""
+        return self.emit_many(before, "Split", value, sizes, count=count, name=name, domain="", axis=-1)
+
+    def emit_many(
+        self,
+        before: ir.Node,
+        kind: str,
+        *inputs: ir.Value | None,
+        count: int,
+        name: str,
+        domain: str = "com.microsoft",
+        **attributes: Any,
+    ) -> list[ir.Value]:
+        """A node with ``count`` outputs, in front of ``before``."""
         name = self._free_node_name(name)
-        node = self.ir.node("Split", (value, sizes), attributes={"axis": -1}, num_outputs=count, name=name)
+        node = self.ir.node(kind, inputs, attributes=attributes, domain=domain, num_outputs=count, name=name)
         for i, part in enumerate(node.outputs):
             part.name = f"{name}_output_{i}"
         self.graph.insert_before(before, node)

@@ -208,3 +208,32 @@ def test_views_of_views() -> None:
     for batch, length in ((3, 5), (1, 1), (2, 9)):
         torch.manual_seed(batch)
         same(engine, model, (torch.randn(batch, 1, 12), torch.randn(batch, length, 12)))
+
+
+# ------------------------------------------------------------------------------------------------ norms
+class Residual(nn.Module):
+    """RMSNorms of sums: of equal shapes, of a broadcast one, and over another dimension than the last."""
+
+    def __init__(self, epsilon: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight, self.other, self.epsilon = nn.Parameter(torch.rand(24)), nn.Parameter(torch.rand(5, 1)), epsilon
+
+    def norm(self, x: Tensor, dim: int) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(dim, keepdim=True) + self.epsilon)
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        a = x + y
+        b = x + y[:, :1]
+        c = x.sin() + y
+        return self.weight * self.norm(a, -1), a.relu(), self.weight * self.norm(b, -1), self.other * self.norm(c, 1)
+
+
+@pytest.mark.parametrize("epsilon", [1e-6, 0.3])
+def test_a_norm_of_a_sum_is_one_operator(epsilon: float) -> None:
+    torch.manual_seed(0)
+    model, inputs = Residual(epsilon).eval(), (torch.randn(3, 5, 24) * 0.3, torch.randn(3, 5, 24) * 0.3)
+    engine, kinds = built(model, inputs, dynamic_shapes={"x": {0: FREE}, "y": {0: FREE}})
+    assert kinds["SkipSimplifiedLayerNormalization"] == 1
+    for batch in (3, 1, 4):
+        same(engine, model, (torch.randn(batch, 5, 24), torch.randn(batch, 5, 24)))
