@@ -55,6 +55,8 @@ def llm_compressor(model: Any, folder: str, rows: list[list[int]], method: str, 
     """``oneshot``; the model quantizes as it runs afterwards."""
     compressor: Any = importlib.import_module("llmcompressor")
     datasets: Any = importlib.import_module("datasets")
+    cache: Any = importlib.import_module("llmcompressor.pipelines.cache")
+    cache.IntermediatesCache.pin_memory = lambda *_: None  # its AWQ asks for memory that only an accelerator pins
     transformers: Any = importlib.import_module("transformers")
     dataset = datasets.Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(r) for r in rows]})
     return compressor.oneshot(

@@ -1,18 +1,19 @@
 """SmolLM2-135M quantized by us and by others: WikiText-2 perplexity, wall seconds, peak memory.
 
     python -m benchmarks.quant_peers [--quick] [--peers-only] [--peer-python PYTHON] [--calibration 32] [--resume]
-    python -m benchmarks.quant_peers --claim quant_gptq --only GPTQ --calibration 128    # seconds and memory alone
+    python -m benchmarks.quant_peers --claim quant_gptq --only '*GPTQ' --calibration 128    # seconds and memory alone
 
 Every quantizer runs in a process of its own on the same weights and the same tokens: calibration is the first half of
 the text, the score that of the second. All 210 linear layers of the decoder in groups of 64, embedding and head in
 float32. LLM Compressor and AutoRound run with their defaults in the environment of ``--peer-python`` (or of
-``$FXC_LLMCOMPRESSOR_PYTHON``). ``--only`` runs the rows whose name holds the text; ``--resume`` keeps the rows of an
-interrupted run with the same settings.
+``$FXC_LLMCOMPRESSOR_PYTHON``). ``--only`` runs the rows whose name fits the pattern; ``--resume`` keeps the rows of
+an interrupted run with the same settings.
 """
 
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
 import os
 import subprocess
@@ -33,13 +34,13 @@ PEERS: Final[dict[str, list[str]]] = {
     "LLM Compressor RTN": [],
     "LLM Compressor GPTQ": [],
     "LLM Compressor AWQ": [],
-    "AutoRound 200 steps": [],
     "LLM Compressor RTN, asymmetric": ["--asymmetric"],
     "LLM Compressor GPTQ, asymmetric": ["--asymmetric"],
     "LLM Compressor AWQ, asymmetric": ["--asymmetric"],
     "LLM Compressor GPTQ, 3 bits": ["--bits", "3"],
     "LLM Compressor W8A8": [],
     "LLM Compressor SmoothQuant, W8A8": [],
+    "AutoRound 200 steps": [],
 }
 
 
@@ -112,7 +113,7 @@ class Bench:
             self._measure(name, [python, "-P", script, "--method", method, *further], {})
 
     def _measure(self, name: str, start: list[str], settings: dict[str, Any]) -> None:
-        if name in self.rows or self.options.only not in name:
+        if name in self.rows or not fnmatch.fnmatch(name, self.options.only or "*"):
             return
         common = ["--model", self.folder, "--tokens", f"{self.folder}/tokens.safetensors"]
         command = [*start, *common, "--threads", str(self.options.threads)]

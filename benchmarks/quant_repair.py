@@ -74,9 +74,13 @@ def main() -> None:
                 continue
             begin = time.perf_counter()
             folder = label.replace(",", "")
-            engine = ours.compile_to(
-                model, target, task.count, measure=False, name=label, folder=folder, passes=[*exact, *passes]
-            )
+            how: dict[str, Any] = {"measure": False, "name": label, "folder": folder, "passes": [*exact, *passes]}
+            try:
+                engine = ours.compile_to(model, target, task.count, **how)
+            except fxc.FxcError as error:
+                rows[label] = {"error": str(error)[:600]}
+                print(f"{label}: {error}", flush=True)
+                continue
             measures = task.score(harness.predict(engine, task.inputs, options.threads), reference)
             rows[label] = {**measures, "seconds": round(time.perf_counter() - begin, 1)}
             print(f"{label}: " + ", ".join(f"{k} {v:.4f}" for k, v in measures.items()), flush=True)

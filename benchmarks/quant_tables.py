@@ -95,10 +95,13 @@ def repair(found: Results) -> str:
     ground = found["float32"]
     lines = []
     for name, row in found.items():
-        cells = [f"{row[key]:.2f}" for key in names if key in row]
-        lines.append([name, *cells, f"{ground['top1'] - row['top1']:+.2f}", f"{row.get('seconds', 0):.0f}"])
-    heads = ["EfficientNet-Lite0", *(title for key, title in names.items() if key in ground), "drop", "s"]
-    return table(heads, lines) + "\n"
+        if "error" not in row:
+            cells = [f"{100 * row[key]:.2f}" for key in names]
+            drops = [f"{100 * (ground[key] - row[key]):+.2f}" for key in ("top1", "top1_held_out")]
+            lines.append([name, *cells, *drops, f"{row['seconds']:.0f}" if "seconds" in row else ""])
+    failed = [f"`{n}` is refused: {r['error'].splitlines()[0]}" for n, r in found.items() if "error" in r]
+    heads = ["EfficientNet-Lite0", *names.values(), "drop", "drop, held out", "s"]
+    return "\n\n".join([table(heads, lines), *failed]) + "\n"
 
 
 def search(found: Results) -> str:
