@@ -58,21 +58,20 @@ class InputStatistics:
         module: A convolution or linear layer.
         moments: Keep ``X^T X`` [groups, features, features] instead of its diagonal [groups, features].
         skip: Leave out that many tokens at the start of every sequence, where the input is [samples, tokens, features].
+        magnitudes: Sum up ``|x_j|``, too.
 
     Attributes:
         rows: Input rows seen.
         seen: Inputs, usable or not.
         skipped: Inputs left out.
         unskipped: Inputs whose first tokens could not be told, because they are no sequences.
-        absolute: ``sum |x_j|`` [groups, features], float64.
-        peak: ``max |x_j|`` [groups, features].
+        absolute: ``sum |x_j|`` [groups, features], float64; None unless asked for.
     """
 
-    def __init__(self, module: nn.Module, moments: bool, skip: int = 0) -> None:
-        self.module, self.moments, self.skip = module, moments, skip
+    def __init__(self, module: nn.Module, moments: bool, skip: int = 0, *, magnitudes: bool = False) -> None:
+        self.module, self.moments, self.skip, self.magnitudes = module, moments, skip, magnitudes
         self.rows = self.seen = self.skipped = self.unskipped = 0
         self.absolute: Tensor | None = None
-        self.peak: Tensor | None = None
         self._total: Tensor | None = None
         self._recent: Tensor | None = None  # float32, not yet in the total
         self._recent_rows = 0
@@ -110,10 +109,9 @@ class InputStatistics:
         """One block [groups, rows, features]."""
         if block.shape[1] == 0:
             return
-        size = block.abs()
-        total, peak = size.sum(1, dtype=torch.float64), size.amax(1)
-        self.absolute = total if self.absolute is None else self.absolute.add_(total)
-        self.peak = peak if self.peak is None else torch.maximum(self.peak, peak)
+        if self.magnitudes:
+            total = block.abs().sum(1, dtype=torch.float64)
+            self.absolute = total if self.absolute is None else self.absolute.add_(total)
         if not self.moments:
             added = block.square().sum(1, dtype=torch.float64)
             self._recent = added if self._recent is None else self._recent.add_(added)

@@ -85,7 +85,16 @@ def _inverse_factor(moments: Tensor, order: Tensor, damping: float, dtype: torch
     if int(bad) or not all_finite(hessian):
         return None
     _invert(lower)
-    return lower.to(dtype).flip(0, 1) if all_finite(hessian) else None
+    return _turned(lower, dtype) if all_finite(hessian) else None
+
+
+def _turned(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows and columns in reverse order, in another dtype; in parts, because there is no memory for a third copy."""
+    result = torch.empty_like(matrix, dtype=dtype, memory_format=torch.contiguous_format)
+    for begin in range(0, len(matrix), _BLOCK):
+        part = matrix[begin : begin + _BLOCK].flip(0, 1)
+        result[len(matrix) - begin - len(part) : len(matrix) - begin] = part
+    return result
 
 
 def _invert(lower: Tensor) -> None:

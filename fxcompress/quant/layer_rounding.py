@@ -158,6 +158,7 @@ class LayerRounding:
                 one.update(values[0])
 
         self._walk.visit(stop.first, [stop.value], see)
+        trim_memory()
         factors = self._solve(stop, once, statistics) if once else None
         for layer in ready:
             if layer.name in self._repeated:
@@ -166,7 +167,8 @@ class LayerRounding:
         return ready
 
     def _new_statistics(self) -> InputStatistics:
-        return InputStatistics(nn.Identity(), moments=True, skip=self.options.skip_tokens)
+        options = self.options
+        return InputStatistics(nn.Identity(), moments=True, skip=options.skip_tokens, magnitudes=options.scales)
 
     def _solve(self, stop: _Stop | None, layers: list[RoundedLayer], statistics: InputStatistics) -> Tensor | None:
         """Round layers with the same inputs; the factors their channels were multiplied by."""
@@ -186,7 +188,6 @@ class LayerRounding:
         grids = [self._grid(layer, self._rows(layer), options.range_method, moments) for layer in layers]
         curvature = self._curvature(names, moments) if options.compensates else None
         del moments
-        statistics.forget()
         for layer, grid in zip(layers, grids, strict=True):
             self._round(layer, grid, curvature)
         return None if factors is None else factors[0]
@@ -200,7 +201,9 @@ class LayerRounding:
         if total is None or not bool((total[0].diagonal() > 0).any()):
             self.notes.append(f"{names}: calibration never reached it; rounded to nearest")
             return None
-        return total[0]
+        moments = total[0].float()
+        statistics.forget()
+        return moments
 
     def _scale(
         self, stop: _Stop, layers: list[RoundedLayer], moments: Tensor, magnitude: Tensor
