@@ -33,20 +33,17 @@ Arrays = dict[str, npt.NDArray[np.generic]]
 GROUP: Final = 64
 FLOAT: Final = "float32"
 EXPORTED: Final = "PyTorch's export, float32"
-FASTEST: Final = "INT4 groups of 64, int8 activations"
+FASTEST: Final = f"INT4 groups of {GROUP}, int8 activations"
 
 
 def recipes() -> dict[str, list[Pass]]:
     """Name of an engine of ours -> its passes."""
-    four = {"bits": 4, "group_size": GROUP}
+    four = fxc.QuantizeWeights(bits=4, group_size=GROUP, include=("*",))
     return {
         FLOAT: [],
         "INT8, int8 activations": [fxc.QuantizeDynamic()],
-        "INT8 weights": [fxc.QuantizeWeights(bits=8, include=("*",))],
-        "INT4 groups of 64, head float32": [fxc.QuantizeWeights(**four)],  # type: ignore[arg-type]
-        "INT4 groups of 64": [fxc.QuantizeWeights(**four, include=("*",))],  # type: ignore[arg-type]
-        f"{FASTEST}, head INT8": [fxc.QuantizeWeights(**four), fxc.QuantizeDynamic()],  # type: ignore[arg-type]
-        FASTEST: [fxc.QuantizeWeights(**four, include=("*",)), fxc.QuantizeDynamic()],  # type: ignore[arg-type]
+        f"INT4 groups of {GROUP}": [four],
+        FASTEST: [four, fxc.QuantizeDynamic()],
     }
 
 

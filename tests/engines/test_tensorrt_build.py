@@ -22,11 +22,12 @@ from fxcompress.capture import capture
 from fxcompress.engines import target
 from fxcompress.engines import tensorrt as module
 from fxcompress.engines.tensorrt import TensorRtEngine, choose_plan
-from fxcompress.engines.tensorrt_builder import PORTABLE, Plan, chosen_capabilities, memory_size
+from fxcompress.engines.tensorrt_builder import PORTABLE, Plan, _parse, check_parser, chosen_capabilities, memory_size
 from fxcompress.engines.tensorrt_layers import LayerReport
 from fxcompress.engines.tensorrt_library import Library, library, system
 from fxcompress.engines.tensorrt_profile import complete_profiles, parse_profile, profile_of
 from fxcompress.errors import EngineError, MissingRuntimeError, UsageError
+from fxcompress.passbase import Pass
 
 pytestmark = pytest.mark.tensorrt
 
@@ -51,6 +52,28 @@ def program() -> Any:
 
 def build(**options: Any) -> TensorRtEngine:
     return cast(TensorRtEngine, target("tensorrt").build(program(), **{**FAST, **options}))
+
+
+# ------------------------------------------------------------------------------------------------ files of others
+@pytest.mark.parametrize(
+    ("passes", "scheme", "read"),
+    [
+        ((fxc.QuantizeWeights(bits=4, group_size=16),), None, True),
+        ((fxc.QuantizeWeights(bits=3, group_size=16),), None, True),
+        ((fxc.QuantizeDynamic(),), None, True),
+        ((fxc.QuantizeStatic(),), "tensorrt", True),
+        ((fxc.QuantizeStatic(),), None, False),
+        ((fxc.QuantizeWeights(bits=4, group_size=16, symmetric=False),), None, False),
+    ],
+)
+def test_what_the_parser_reads_of_an_exported_file(
+    passes: tuple[Pass, ...], scheme: str | None, read: bool, tmp_path: Path
+) -> None:
+    """``export_onnx`` writes any grid; TensorRT takes symmetric ones."""
+    wanted = fxc.target(scheme).scheme() if scheme else fxc.QuantScheme()
+    context = fxc.Context(calibration=[torch.randn(2, 3, 16, 16)], scheme=wanted)
+    file = fxc.export_onnx(fxc.Pipeline(passes=passes)(program(), context).program, tmp_path / "model.onnx")
+    assert bool(check_parser(_parse(library(), file).parser)) != read
 
 
 # ------------------------------------------------------------------------------------------------ devices
