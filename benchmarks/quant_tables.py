@@ -89,6 +89,16 @@ def peers(found: Results) -> str:
     return "\n\n".join([table(heads, lines), *failed]) + "\n"
 
 
+def cost(found: Results) -> str:
+    """Time and memory of one method, ours and the peers'."""
+    lines = [
+        [n, f"{r['seconds']:.0f}", f"{r['peak_of_weights']:.2f}", f"{r['perplexity']:.3f}"]
+        for n, r in found.items()
+        if "error" not in r
+    ]
+    return table(["SmolLM2-135M", "s", "peak memory, x weights", "perplexity"], lines) + "\n"
+
+
 def repair(found: Results) -> str:
     """Accuracy before and after repair."""
     names = {"top1": "top-1 %", "top1_held_out": "held out %", "agreement": "agreement %"}
@@ -123,7 +133,7 @@ TABLES: Final[Mapping[str, Callable[[Results], str]]] = {
     "quant_text": text,
     "quant_decode": decode,
     "quant_peers": peers,
-    "quant_gptq": peers,
+    "quant_gptq": cost,
     "quant_repair": repair,
     "quant_auto": search,
 }
