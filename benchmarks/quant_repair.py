@@ -35,10 +35,10 @@ def recipes(samples: int, blocks: bool, quick: bool) -> dict[str, list[Pass]]:
     every = fxc.QuantizeStatic(samples=samples, weight_bits=4)
     found: dict[str, list[Pass]] = {
         "W8A8": [eight],
-        "W8A8, equalized": [fxc.EqualizeLayers(), eight],
-        "W8A8, AdaRound": [eight, learned],
         "W4A8": [four],
         "W4A8, AdaRound": [four, learned],
+        "W8A8, AdaRound": [eight, learned],
+        "W8A8, equalized": [fxc.EqualizeLayers(), eight],
         "W4A8 all layers": [every],
         "W4A8 all layers, AdaRound": [every, learned],
     }

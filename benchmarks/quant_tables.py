@@ -50,24 +50,19 @@ def decode(found: Results) -> str:
     """Time of one token in each engine, fastest first."""
     parts = []
     for runtime, race in found.items():
-        floats = race["comparison"]["float32"]
+        floats = [n for n in race["engines"] if n.endswith("float32") and "MatMulNBits" not in n]
         lines = []
         for name, row in sorted(race["engines"].items(), key=lambda item: item[1]["p50_ms"]):
-            over = race["comparison"].get(f"{floats} / {name}")
-            times = f"{over['times_faster']:.2f} [{', '.join(f'{v:.2f}' for v in over['interval'])}]" if over else ""
-            check = race["logits"][name]
-            lines.append(
-                [
-                    name,
-                    f"{row['p50_ms']:.2f}",
-                    f"{row['settings']['megabytes']:.0f}",
-                    times,
-                    f"{check['relative_error']:.2g}",
-                ]
-            )
-        heads = [runtime, "p50 ms", "MB", f"x faster than {floats}", "error of the logits"]
+            times = [_times(race["comparison"].get(f"{slow} / {name}")) for slow in floats]
+            error = f"{race['logits'][name]['relative_error']:.2g}"
+            lines.append([name, f"{row['p50_ms']:.2f}", f"{row['settings']['megabytes']:.0f}", *times, error])
+        heads = [runtime, "p50 ms", "MB", *(f"x faster than {slow}" for slow in floats), "error of the logits"]
         parts.append(table(heads, lines))
     return "\n\n".join(parts) + "\n"
+
+
+def _times(over: Results | None) -> str:
+    return f"{over['times_faster']:.2f} [{', '.join(f'{v:.2f}' for v in over['interval'])}]" if over else ""
 
 
 def peers(found: Results) -> str:
@@ -114,20 +109,6 @@ def repair(found: Results) -> str:
     return "\n\n".join([table(heads, lines), *failed]) + "\n"
 
 
-def search(found: Results) -> str:
-    """What ``passes="auto"`` found, and its time over that of the default pipeline."""
-    lines = []
-    for network, targets in found.items():
-        for runtime, row in targets.items():
-            accuracy, over = row["accuracy"], row["auto_over_hand_picked"]
-            floats = ", ".join(f"{r['median']:.2f}" for r in row["auto_over_float"].values())
-            drop = accuracy["before"] - accuracy["after"]
-            times = f"{over['median']:.3f} [{over['low']:.3f}, {over['high']:.3f}]"
-            lines.append([network, runtime, f"{drop:+.4f}", f"{accuracy['max_drop']:.3f}", times, floats])
-    heads = ["network", "engine", "drop", "allowed", "time over the default passes", "over float32"]
-    return table(heads, lines) + "\n"
-
-
 TABLES: Final[Mapping[str, Callable[[Results], str]]] = {
     "quant_qat": qat,
     "quant_text": text,
@@ -135,5 +116,4 @@ TABLES: Final[Mapping[str, Callable[[Results], str]]] = {
     "quant_peers": peers,
     "quant_gptq": cost,
     "quant_repair": repair,
-    "quant_auto": search,
 }
