@@ -137,7 +137,7 @@ def test_a_token_out_of_the_vocabulary_is_named() -> None:
 
 def test_first_tokens_are_left_out() -> None:
     x = torch.randn(3, 5, 4)
-    statistics = InputStatistics(nn.Linear(4, 2), moments=True, skip=2)
+    statistics = InputStatistics(nn.Linear(4, 2), moments=True, skip=2, magnitudes=True)
     statistics.update(x)
     rows = x[:, 2:].reshape(-1, 4).double()
     assert statistics.rows == 9 and statistics.total is not None and statistics.absolute is not None
