@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from fxcompress.engines.quantized import Realizer
 
-__all__ = ["rms_norms"]
+__all__ = ["in_float32", "rms_norms"]
 
 
 def rms_norms(r: Realizer) -> None:
@@ -25,7 +25,7 @@ def rms_norms(r: Realizer) -> None:
             continue
         for x, inverse in (node.inputs, node.inputs[::-1]):
             square = _square_behind(inverse, x)
-            if square is not None and x is not None and inverse is not None:
+            if square is not None and x is not None and inverse is not None and in_float32(x):
                 if not _with_sum(r, node, x, square):
                     _rewrite(r, node, x, inverse, square)
                 break
@@ -46,6 +46,11 @@ def _with_sum(r: Realizer, node: ir.Node, x: ir.Value, square: ir.Node) -> bool:
     r.replace(scaling.outputs[0], made[0])
     r.replace(x, made[3])
     return True
+
+
+def in_float32(value: ir.Value) -> bool:
+    """The runtime's own operators have no kernels for float64, or compute in float32 there."""
+    return value.dtype is not None and value.dtype.name == "FLOAT"
 
 
 def _epsilon(square: ir.Node) -> float | None:

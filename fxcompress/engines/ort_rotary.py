@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
+from fxcompress.engines.ort_norms import in_float32
+
 if TYPE_CHECKING:
     import onnx_ir as ir
 
@@ -100,7 +102,7 @@ def _integers(node: ir.Node, place: int) -> list[int] | None:
 
 def _fits(x: ir.Value, *tables: ir.Value) -> bool:
     """[batch, heads, tokens, size] and tables [1 or batch, 1, tokens, size] in float32 with equal halves."""
-    if x.shape is None or len(x.shape) != 4 or not isinstance(x.shape[3], int):
+    if x.shape is None or len(x.shape) != 4 or not isinstance(x.shape[3], int) or not in_float32(x):
         return False
     for table in tables:
         shape = table.shape

@@ -237,3 +237,21 @@ def test_a_norm_of_a_sum_is_one_operator(epsilon: float) -> None:
     assert kinds["SkipSimplifiedLayerNormalization"] == 1
     for batch in (3, 1, 4):
         same(engine, model, (torch.randn(batch, 5, 24), torch.randn(batch, 5, 24)))
+
+
+# ------------------------------------------------------------------------------------------------ float64
+@pytest.mark.parametrize("kind", ["rotary", "norm", "cache"])
+def test_models_in_float64(kind: str) -> None:
+    """The runtime's own operators have no kernels for them, or compute in float32, so they keep the plain ones."""
+    torch.manual_seed(0)
+    model, inputs = {
+        "rotary": (Rotary("looked up"), (torch.randn(2, 4, 5, 16), torch.randint(0, 20, (2, 5)))),
+        "norm": (Residual(1e-6), (torch.randn(3, 5, 24), torch.randn(3, 5, 24))),
+        "cache": (Cached(), cached(2, 1, 7)),
+    }[kind]
+    double = tuple(x.double() if x.is_floating_point() else x for x in inputs)
+    engine, kinds = built(model.double(), double)
+    assert not kinds.keys() & {"RotaryEmbedding", "SkipSimplifiedLayerNormalization"}
+    with torch.no_grad():
+        for y, z in zip(model(*double), engine(*double), strict=True):
+            assert z.dtype == torch.float64 and float((y - z).abs().max()) < 1e-12

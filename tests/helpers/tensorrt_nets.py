@@ -127,17 +127,13 @@ class Attention(nn.Module):
         return x + self.proj(y)  # type: ignore[no-any-return]
 
 
+_SIZES: Any = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "use_cache": False}
+
+
 def _bert() -> nn.Module:
     from transformers import BertConfig, BertModel
 
-    sizes: Any = {
-        "vocab_size": 50,
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "use_cache": False,
-    }
-    return BertModel(BertConfig(**sizes, intermediate_size=64, max_position_embeddings=16))
+    return BertModel(BertConfig(vocab_size=50, **_SIZES, intermediate_size=64, max_position_embeddings=16))
 
 
 def _gpt2() -> nn.Module:
@@ -149,15 +145,8 @@ def _gpt2() -> nn.Module:
 def _llama() -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes: Any = {
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "use_cache": False,
-    }
     return LlamaForCausalLM(
-        LlamaConfig(**sizes, num_key_value_heads=1, intermediate_size=64, max_position_embeddings=16)
+        LlamaConfig(vocab_size=64, **_SIZES, num_key_value_heads=1, intermediate_size=64, max_position_embeddings=16)
     )
 
 
