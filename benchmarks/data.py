@@ -1,6 +1,6 @@
 """The data the benchmarks measure on: an ImageNet sample and the STS-B development set.
 
-The folder is ``$FXC_DATA``, or ``../shared/data`` beside the checkout. It holds ``imagenet_sample_dev.npz`` (334 JPEG
+The folder is ``$FXC_DATA``, or ``data`` in the checkout. It holds ``imagenet_sample_dev.npz`` (334 JPEG
 images of 256 x 256 pixels, every third ImageNet class: ``data`` is the bytes of all files, ``offsets`` their borders,
 ``labels`` the class indices) and ``stsb_en_dev.csv`` (sentence, sentence, score 0 to 5).
 """
@@ -29,12 +29,12 @@ _MEANS["imagenet"] = ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 
 
 def folder() -> Path:
-    """The data folder: ``$FXC_DATA`` or ``../shared/data`` beside the checkout.
+    """The data folder: ``$FXC_DATA``, or ``data`` in the checkout.
 
     Raises:
         FileNotFoundError: The folder is not there.
     """
-    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    default = Path(__file__).resolve().parents[1] / "data"
     path = Path(os.environ.get("FXC_DATA", default))
     if not path.is_dir():
         raise FileNotFoundError(f"no data folder at {path}: set FXC_DATA to the folder with imagenet_sample_dev.npz")
