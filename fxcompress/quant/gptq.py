@@ -41,7 +41,7 @@ class Curvature:
     damping: float
 
 
-def factorize(moments: Tensor, damping: float, act_order: bool, dtype: torch.dtype = torch.float64) -> Curvature:
+def factorize(moments: Tensor, damping: float, act_order: bool, out: Tensor | None = None) -> Curvature:
     """Damp, order and factorize ``H``.
 
     Inputs that are always zero say nothing: they get a curvature of 1 of their own, so their weights are just rounded.
@@ -50,7 +50,8 @@ def factorize(moments: Tensor, damping: float, act_order: bool, dtype: torch.dty
         moments: ``H = X^T X`` [in, in].
         damping: Share of the mean of the diagonal to add to the diagonal.
         act_order: Round the columns with the largest inputs first.
-        dtype: Of the factor; it is computed in float64.
+        out: Where to put the factor [in, in], in any dtype: it is computed in float64. It may be ``moments``. Default: a
+            new float64 tensor.
 
     Raises:
         PassError: ``H`` is not finite or not positive definite even with much more damping.
@@ -59,9 +60,16 @@ def factorize(moments: Tensor, damping: float, act_order: bool, dtype: torch.dty
     order = torch.argsort(sizes, descending=True, stable=True) if act_order else torch.arange(len(moments))
     mean = float(sizes.double().mean()) or 1.0
     for _ in range(_ESCALATIONS + 1):
-        factor = _inverse_factor(moments, order, damping * mean, dtype)
+        factor = _inverse_factor(moments, order, damping * mean)
         if factor is not None:
-            return Curvature(factor, order, damping)
+            return Curvature(
+                _turned(
+                    factor,
+                    torch.empty(moments.shape, dtype=torch.float64, device=moments.device) if out is None else out,
+                ),
+                order,
+                damping,
+            )
         damping = max(damping, 1e-3) * 10
     raise PassError(
         60,
@@ -71,13 +79,15 @@ def factorize(moments: Tensor, damping: float, act_order: bool, dtype: torch.dty
     )
 
 
-def _inverse_factor(moments: Tensor, order: Tensor, damping: float, dtype: torch.dtype) -> Tensor | None:
-    """Upper ``C`` with ``C^T C = H^-1``; None when ``H`` is not positive definite.
+def _inverse_factor(moments: Tensor, order: Tensor, damping: float) -> Tensor | None:
+    """Upper ``C`` with ``C^T C = H^-1``, its rows and columns in reverse order; None: ``H`` is not positive definite.
 
     With the columns in reverse order ``H = L L^T``, so that ``L^-1``, put in order again, is ``C``.
     """
     order = order.flip(0)
-    hessian = moments[order[:, None], order].double()
+    hessian = torch.empty_like(moments, dtype=torch.float64)
+    for part, rows in zip(hessian.split(_BLOCK), order.split(_BLOCK), strict=True):
+        part.copy_(moments[rows[:, None], order])  # in parts: of a large layer there is no memory for another copy
     diagonal = hessian.diagonal()
     diagonal.add_((diagonal <= 0).double() + damping)
     lower, bad = hessian.t(), torch.empty((), dtype=torch.int32, device=hessian.device)
@@ -85,12 +95,11 @@ def _inverse_factor(moments: Tensor, order: Tensor, damping: float, dtype: torch
     if int(bad) or not all_finite(hessian):
         return None
     _invert(lower)
-    return _turned(lower, dtype) if all_finite(hessian) else None
+    return lower if all_finite(hessian) else None
 
 
-def _turned(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows and columns in reverse order, in another dtype; in parts, because there is no memory for a third copy."""
-    result = torch.empty_like(matrix, dtype=dtype, memory_format=torch.contiguous_format)
+def _turned(matrix: Tensor, result: Tensor) -> Tensor:
+    """Rows and columns in reverse order, put into ``result``; in parts, as above."""
     for begin in range(0, len(matrix), _BLOCK):
         part = matrix[begin : begin + _BLOCK].flip(0, 1)
         result[len(matrix) - begin - len(part) : len(matrix) - begin] = part

@@ -183,7 +183,7 @@ class LayerRounding:
             assert statistics.absolute is not None
             factors = self._scale(stop, layers, moments, statistics.absolute[0] / statistics.rows)
             if factors is not None:
-                moments = moments / factors[1] / factors[1][:, None]
+                moments.div_(factors[1]).div_(factors[1][:, None])
         options = self.options
         grids = [self._grid(layer, self._rows(layer), options.range_method, moments) for layer in layers]
         curvature = self._curvature(names, moments) if options.compensates else None
@@ -236,7 +236,8 @@ class LayerRounding:
                 layer.rows = layer.rows / column
 
     def _curvature(self, names: str, moments: Tensor) -> Curvature:
-        found = factorize(moments, self.options.damping, self.options.act_order, torch.float32)
+        """Takes the place of ``moments`` in memory."""
+        found = factorize(moments, self.options.damping, self.options.act_order, out=moments)
         if found.damping > self.options.damping:
             self.notes.append(f"{names}: second moments are singular: damped by {found.damping:g} of their mean")
         return found

@@ -130,6 +130,14 @@ def test_inputs_that_are_always_zero_are_just_rounded() -> None:
     assert torch.equal(got[:, [3, 20]], grid.round(weight)[:, [3, 20]])
 
 
+def test_the_factor_may_take_the_place_of_the_moments() -> None:
+    x = correlated(600, 300)  # more columns than are worked on at once
+    moments = (x.T @ x).float()
+    want = factorize(moments.clone(), 0.01, True).factor
+    found = factorize(moments, 0.01, True, out=moments)
+    assert found.factor.data_ptr() == moments.data_ptr() and torch.equal(moments, want.float())
+
+
 # ------------------------------------------------------------------------------------------------ the pass
 class Net(nn.Module):
     def __init__(self) -> None:
