@@ -109,6 +109,20 @@ def repair(found: Results) -> str:
     return "\n\n".join([table(heads, lines), *failed]) + "\n"
 
 
+def search(found: Results) -> str:
+    """What ``passes="auto"`` found, and its time over that of the default pipeline."""
+    lines = []
+    for network, targets in found.items():
+        for runtime, row in targets.items():
+            accuracy, over = row["accuracy"], row["auto_over_hand_picked"]
+            floats = ", ".join(f"{r['median']:.2f}" for r in row["auto_over_float"].values())
+            drop = accuracy["before"] - accuracy["after"]
+            times = f"{over['median']:.3f} [{over['low']:.3f}, {over['high']:.3f}]"
+            lines.append([network, runtime, f"{drop:+.4f}", f"{accuracy['max_drop']:.3f}", times, floats])
+    heads = ["network", "engine", "drop", "allowed", "time over the default passes", "over float32"]
+    return table(heads, lines) + "\n"
+
+
 TABLES: Final[Mapping[str, Callable[[Results], str]]] = {
     "quant_qat": qat,
     "quant_text": text,
@@ -116,4 +130,5 @@ TABLES: Final[Mapping[str, Callable[[Results], str]]] = {
     "quant_peers": peers,
     "quant_gptq": cost,
     "quant_repair": repair,
+    "quant_auto": search,
 }

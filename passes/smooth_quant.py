@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from fxcompress.data import CalibrationData
+from fxcompress.environment import trim_memory
 from fxcompress.errors import PassError, UsageError
 from fxcompress.ir import Program, evaluating
 from fxcompress.layerwise.statistics import not_finite_note
@@ -86,6 +87,7 @@ class SmoothQuant(Pass):
             for value, readers in values.items():
                 sample = seen[value] = SampledRows(len(walk))
                 walk.visit(readers[0], [value], lambda _, found, sample=sample: sample.update(found[0]))  # type: ignore[misc]
+                trim_memory()
                 result.notes += not_finite_note(sample.skipped, sample.seen, _names(readers))
             # Backwards: a factor of a later layer's input changes rows, and so the peaks, of an earlier layer's weight.
             for value in reversed(values):

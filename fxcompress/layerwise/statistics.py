@@ -16,9 +16,7 @@ __all__ = ["InputStatistics", "input_rows", "not_finite_note"]
 
 #: Values of one block of input rows: unfolding an image repeats each pixel once per kernel position.
 _BLOCK = 1 << 24
-#: Rows whose products are summed in float32.
-_FLUSH = 1 << 14
-#: Rows of the sums that are added at once.
+#: Rows of the second moments that are computed at once.
 _ROWS = 256
 #: Share of inputs that may hold NaN or infinity.
 _MAX_BAD = 0.01
@@ -51,8 +49,7 @@ class InputStatistics:
 
     With ``x`` the input of a layer in the feature order of `fxcompress.sparse.layers.to_rows`, one row per sample and
     output position, the sums are ``sum x_j^2`` (what Wanda needs) or ``X^T X`` (what SparseGPT and GPTQ need). The
-    layer's inputs that hold NaN or infinity are left out and counted. Products are float32 and are summed up in float32
-    over at most 16,384 rows, then in float64.
+    layer's inputs that hold NaN or infinity are left out and counted. Products of one input are float32.
 
     Args:
         module: A convolution or linear layer.
@@ -72,24 +69,20 @@ class InputStatistics:
         self.module, self.moments, self.skip, self.magnitudes = module, moments, skip, magnitudes
         self.rows = self.seen = self.skipped = self.unskipped = 0
         self.absolute: Tensor | None = None
-        self._total: Tensor | None = None
-        self._recent: Tensor | None = None  # float32, not yet in the total
-        self._recent_rows = 0
+        self._total: Tensor | None = None  # of second moments the upper part; the lower one is its mirror image
 
     @property
     def total(self) -> Tensor | None:
         """The sums; None when there was no usable input."""
-        if self._recent is not None:
-            if self._total is None:
-                self._total = torch.zeros_like(self._recent, dtype=torch.float64)
-            for part, new in zip(self._total.split(_ROWS, 1), self._recent.split(_ROWS, 1), strict=True):
-                part.add_(new)  # in parts: types are matched in a copy
-            self._recent, self._recent_rows = None, 0
+        if self.moments and self._total is not None:
+            for begin in range(0, self._total.shape[2], _ROWS):
+                end = begin + _ROWS
+                self._total[:, end:, begin:end] = self._total[:, begin:end, end:].mT
         return self._total
 
     def forget(self) -> None:
         """Let the sums go, which may be large."""
-        self._total = self._recent = None
+        self._total = None
 
     def update(self, x: Tensor) -> None:
         """Add one input of the layer, as its ``forward`` takes it."""
@@ -112,17 +105,20 @@ class InputStatistics:
         if self.magnitudes:
             total = block.abs().sum(1, dtype=torch.float64)
             self.absolute = total if self.absolute is None else self.absolute.add_(total)
-        if not self.moments:
-            added = block.square().sum(1, dtype=torch.float64)
-            self._recent = added if self._recent is None else self._recent.add_(added)
-        elif self._recent is None:
-            self._recent = block.mT @ block
+        if self.moments:
+            self._add_moments(block)
         else:
-            self._recent.baddbmm_(block.mT, block)
+            added = block.square().sum(1, dtype=torch.float64)
+            self._total = added if self._total is None else self._total.add_(added)
         self.rows += block.shape[1]
-        self._recent_rows += block.shape[1]
-        if self._recent_rows >= _FLUSH:
-            _ = self.total
+
+    def _add_moments(self, block: Tensor) -> None:
+        groups, _, features = block.shape
+        if self._total is None:
+            self._total = block.new_zeros((groups, features, features), dtype=torch.float64)
+        for begin in range(0, features, _ROWS):  # in parts: float32 products beside the sums take memory, too
+            end = begin + _ROWS
+            self._total[:, begin:end, begin:].add_(block[..., begin:end].mT @ block[..., begin:])
 
 
 def input_rows(module: nn.Module, x: Tensor) -> Iterator[Tensor]:

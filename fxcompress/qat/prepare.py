@@ -52,10 +52,10 @@ def prepare_qat(
 ) -> QATProgram:
     """Put trainable fake-quantizers where `QuantizeStatic` puts its own, and let layers fold their norms while training.
 
-    Activations keep a moving average of their range (Jacob et al. 2018), weights follow their extremes. With
-    ``learn_scale`` all scales, and the offsets of asymmetric activations, are parameters: LSQ (Esser et al. 2020) and LSQ+
-    (Bhalgat et al. 2020). They begin at ``2 mean|v| / sqrt(qmax)``, asymmetric activations at the range of least squared
-    error.
+    Activations keep a moving average of their range (Jacob et al. 2018), weights follow theirs: of the extremes with 8 bits,
+    of least squared error with fewer. With ``learn_scale`` all scales, and the offsets of asymmetric activations, are
+    parameters: LSQ (Esser et al. 2020) and LSQ+ (Bhalgat et al. 2020). They begin at ``2 mean|v| / sqrt(qmax)``, asymmetric
+    activations at the range of least squared error.
 
     Args:
         program: A captured program, not quantized yet; it is copied, and stays as it is whatever is trained.

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from fxcompress.errors import PassError
 from fxcompress.ops import fake_quantize
+from fxcompress.qat.ranges import least_error_range
 from fxcompress.qat.rounding import round_learned, round_straight_through
 from fxcompress.quant.fake_quantize import FakeQuantize
 from fxcompress.quant.observers import MseObserver
 from fxcompress.quant.spec import SCALE_FLOOR, QuantSpec, quant_params, solve
-from fxcompress.quant.weights import weight_range
 
 __all__ = ["ActivationQuantizer", "LearnedQuantizer", "SharedScale", "TrainedQuantizer", "WeightQuantizer", "lsq_scale"]
 
@@ -97,10 +97,21 @@ class TrainedQuantizer(FakeQuantize):
         return super().extra_repr() + (f" without {', '.join(off)}" if off else "")
 
 
-class WeightQuantizer(TrainedQuantizer):
-    """Grid over the extremes of the weight as it is now, per channel or tensor (Jacob et al. 2018, section 3.1).
+def _range(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """The range of 8 bits is that of the extremes; with fewer they would leave most values too few integers."""
+    if spec.bits < 8:
+        return least_error_range(x, spec)
+    if spec.axis is None:
+        return x.amin().float(), x.amax().float()  # aminmax copies what is not contiguous
+    rest = [d for d in range(x.dim()) if d != spec.axis]
+    return (x.amin(rest), x.amax(rest)) if rest else (x, x)
 
-    Without observing, the grid of the last training step stays.
+
+class WeightQuantizer(TrainedQuantizer):
+    """Grid over the range of the weight as it is now, per channel or tensor (Jacob et al. 2018, section 3.1).
+
+    With 8 bits that is the range of the extremes, with fewer that of least squared error. Without observing, the grid of
+    the last training step stays.
 
     Args:
         spec: The grid.
@@ -109,7 +120,7 @@ class WeightQuantizer(TrainedQuantizer):
 
     def __init__(self, spec: QuantSpec, weight: Tensor) -> None:
         super().__init__(spec, weight.device)
-        self.set_range(*weight_range(weight.detach(), spec, "minmax"))
+        self.set_range(*_range(weight.detach(), spec))
         self.ready = True
 
     def forward(self, x: Tensor, factor: Tensor | None = None) -> Tensor:
@@ -127,13 +138,7 @@ class WeightQuantizer(TrainedQuantizer):
         return self._measured(x.detach()) if self.observing and x is not None else (self.scale, self.zero_point)
 
     def _measured(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        axis = self.spec.axis
-        if axis is None:
-            low, high = torch.aminmax(weight)
-        else:
-            rest = [d for d in range(weight.dim()) if d != axis]
-            low, high = (weight.amin(rest), weight.amax(rest)) if rest else (weight, weight)
-        scale, zero_point = solve(low, high, self.spec)
+        scale, zero_point = solve(*_range(weight, self.spec), self.spec)
         return scale.to(torch.float32), zero_point.to(torch.int32)
 
 
@@ -152,9 +157,10 @@ class SharedScale(nn.Module):
 
 
 class ActivationQuantizer(TrainedQuantizer):
-    """Grid over a moving average of the extremes of each training batch (Jacob et al. 2018, section 3.1).
+    """Grid over a moving average of the range of each training batch (Jacob et al. 2018, section 3.1).
 
-    The first batch sets the average, unless calibration did; extremes that are not finite are left out.
+    With 8 bits that is the range of the extremes, with fewer that of least squared error. The first batch sets the
+    average, unless calibration did; ranges that are not finite are left out.
 
     Attributes:
         low: Lower end of the range, float32 [].
@@ -208,7 +214,7 @@ class ActivationQuantizer(TrainedQuantizer):
 
     @torch.no_grad()
     def _observe(self, x: Tensor) -> None:
-        low, high = x.amin().float(), x.amax().float()  # aminmax copies what is not contiguous
+        low, high = _range(x, self.spec)
         finite = torch.isfinite(low) & torch.isfinite(high)
         if not self.ready:
             if bool(finite):

@@ -34,12 +34,16 @@ class RowGrid:
     Attributes:
         spec: Bits and symmetry; ``axis`` and ``group_size`` are those of the rows.
         scale: float32 [rows, groups].
-        zero_point: float32 with whole numbers [rows, groups].
+        zero_point: float32 with whole numbers [rows, groups]; of a signed symmetric grid zeros that take no memory.
     """
 
     spec: QuantSpec
     scale: Tensor
     zero_point: Tensor
+
+    def __post_init__(self) -> None:
+        if self.spec.symmetric and self.spec.signed:
+            self.zero_point = self.scale.new_zeros(()).expand(self.scale.shape)
 
     def round(self, rows: Tensor) -> Tensor:
         """``rows`` [out, in] on the grid."""

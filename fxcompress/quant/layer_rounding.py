@@ -186,6 +186,7 @@ class LayerRounding:
                 moments.div_(factors[1]).div_(factors[1][:, None])
         options = self.options
         grids = [self._grid(layer, self._rows(layer), options.range_method, moments) for layer in layers]
+        trim_memory()
         curvature = self._curvature(names, moments) if options.compensates else None
         del moments
         for layer, grid in zip(layers, grids, strict=True):
@@ -264,7 +265,7 @@ class LayerRounding:
         for layer in layers:
             assert layer.rows is not None and layer.grid is not None
             parts = {"weight": layer.rows, "scale": layer.grid.scale, "zero_point": layer.grid.zero_point}
-            found |= {f"{layer.name}:{part}": tensor for part, tensor in parts.items()}
+            found |= {f"{layer.name}:{part}": tensor.contiguous() for part, tensor in parts.items()}
         return found
 
     def _restore(self, stop: _Stop, layers: list[RoundedLayer], saved: dict[str, Tensor], notes: list[str]) -> None:

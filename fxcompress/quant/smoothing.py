@@ -36,7 +36,8 @@ class SampledRows:
 
     def __init__(self, calls: int) -> None:
         self._each = max(1, _ROWS // max(1, calls))
-        self._rows: list[Tensor] = []
+        self._rows: Tensor | None = None  # one piece: many small ones among the values of the calls tear up the heap
+        self._taken = 0
         self.peak: Tensor | None = None
         self.seen = self.skipped = 0
 
@@ -51,14 +52,19 @@ class SampledRows:
             return
         peak = rows.abs().amax(0)
         self.peak = peak if self.peak is None else torch.maximum(self.peak, peak)
-        if len(self._rows) * self._each < _ROWS:
-            chosen = torch.linspace(0, len(rows) - 1, min(self._each, len(rows)), device=rows.device).long()
-            self._rows.append(rows[chosen])
+        count = min(self._each, len(rows), _ROWS - self._taken)
+        if count > 0:
+            if self._rows is None:
+                self._rows = rows.new_empty(_ROWS, rows.shape[1])
+            chosen = torch.linspace(0, len(rows) - 1, count, device=rows.device).long()
+            self._rows[self._taken : self._taken + count] = rows[chosen]
+            self._taken += count
 
     @property
     def rows(self) -> Tensor:
-        """The sample [rows, channels]."""
-        return torch.cat(self._rows)
+        """The sample [rows, channels], after the first row was seen."""
+        assert self._rows is not None
+        return self._rows[: self._taken]
 
 
 def smoothing_factors(peak: Tensor, weight: Tensor, alpha: float, migration: Migration) -> Tensor:
@@ -73,7 +79,9 @@ def best_alpha(
 ) -> tuple[float | None, Tensor]:
     """The alpha among `ALPHAS` whose 8-bit product errs least on the sample, and its factors.
 
-    Weights are rounded per row, activations per tensor (range: the peaks) or per token, both symmetric.
+    The error of each row of the product is relative to the row: in decoders the first tokens are a thousand times as large
+    as the others, and would be all that counts. Weights are rounded per row, activations per tensor (range: the peaks) or
+    per token, both symmetric.
 
     Returns:
         ``None`` and ones when nothing is better than leaving the channels alone.
@@ -95,7 +103,7 @@ def best_alpha(
 def _error(rows: Tensor, peak: Tensor, weight: Tensor, wanted: Tensor, granularity: Granularity) -> float:
     limit = peak.max() if granularity == "tensor" else rows.abs().amax(1, keepdim=True)
     product = _eight_bits(rows, limit) @ _eight_bits(weight, weight.abs().amax(1, keepdim=True)).t()
-    return float((product - wanted).square().sum())
+    return float(((product - wanted).square().sum(1) / wanted.square().sum(1).clamp(min=1e-30)).mean())
 
 
 def _eight_bits(values: Tensor, limit: Tensor) -> Tensor:

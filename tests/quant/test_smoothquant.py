@@ -94,6 +94,30 @@ def test_auto_is_not_worse_than_any_fixed_alpha_on_its_own_measure() -> None:
         assert alpha is not None and errors[alpha] == min(errors.values())
 
 
+def test_a_few_huge_rows_are_not_all_that_counts() -> None:
+    """As the first tokens of decoders: they alone would ask for another alpha."""
+    from fxcompress.quant.migration import Migration
+    from fxcompress.quant.smoothing import SampledRows, best_alpha
+
+    torch.manual_seed(0)
+    weight, migration = torch.randn(16, 64), Migration(None, [], torch.arange(64), 64)  # type: ignore[arg-type]
+    rows = torch.randn(256, 64) * torch.linspace(0.1, 8.0, 64)
+    huge = rows[252:].clone()
+    huge[:, 3] = 3000.0
+
+    def eight_bits(x: torch.Tensor) -> torch.Tensor:
+        steps = x.abs().amax(1, keepdim=True) / 127
+        return (x / steps).round() * steps
+
+    def error(x: torch.Tensor) -> float:
+        sample = SampledRows(1)
+        sample.update(x)
+        _, s = best_alpha(sample, weight, migration, "token")
+        return float((eight_bits(rows / s) @ eight_bits(weight * s).t() - rows @ weight.t()).square().sum())
+
+    assert error(torch.cat([huge, rows[:252]])) < 2 * error(rows)
+
+
 def test_refusals_options_and_data() -> None:
     model, data = Block().eval(), batches()
     program = fxc.capture(model, (data[0],))

@@ -130,6 +130,18 @@ def test_statistics_add_up_over_batches_and_skip_what_is_not_finite() -> None:
     torch.testing.assert_close(whole.total[0], expected, rtol=1e-5, atol=1e-4)
 
 
+def test_second_moments_of_many_features_may_be_read_on_the_way() -> None:
+    layer, x = nn.Linear(600, 2), torch.randn(900, 600)
+    statistics = InputStatistics(layer, moments=True)
+    for part in x.split(300):
+        statistics.update(part)
+        total = statistics.total
+        assert total is not None and total.dtype == torch.float64 and bool(torch.isfinite(total).all())
+        torch.testing.assert_close(total, total.mT, rtol=1e-6, atol=1e-6)
+    exact = x.double().T @ x.double()
+    torch.testing.assert_close(statistics.total, exact[None], rtol=1e-5, atol=1e-3)
+
+
 @pytest.mark.parametrize("amount", [{"sparsity": 0.5}, {"pattern": "2:4"}])
 def test_sparsegpt_beats_wanda_beats_magnitude(amount: dict[str, object]) -> None:
     """Error of the layer's output on inputs that were not calibrated on."""
