@@ -32,10 +32,10 @@ __all__ = ["BUDGET", "LayerReconstruction", "PairMoments", "Rounding", "float_tw
 #: Bytes that the calls of a walk may keep.
 BUDGET = 1 << 30
 #: Input rows that a layer is learned from: a multiple of its features, between these.
-_ROWS = (4096, 65536)
-_PER_FEATURE = 32
-#: With fewer rows a layer's second moments are not known well enough to follow them closely.
-_ROWS_PER_FEATURE = 10
+_ROWS = (16384, 131072)
+_PER_FEATURE = 128
+#: With fewer rows a layer's second moments are not known well enough to follow them closely: those of one image are alike.
+_ROWS_PER_FEATURE = 100
 #: Values of all rows of a layer that are held at once.
 _HELD = 1 << 26
 
@@ -105,7 +105,7 @@ class PairMoments:
 
         Args:
             damping: Keeps few samples from being learned by heart: as much noise on both inputs. It grows in proportion
-                where there are fewer than ten rows for each feature.
+                where there are fewer than 100 rows for each feature.
             about_means: About the means, because a bias takes those up.
         """
         n = max(1, self.count)
@@ -231,7 +231,12 @@ class LayerReconstruction:
         rows = grid.mapped(lambda t: to_rows(layer, t).contiguous())
         second, cross = moments.centred(self.options.damping, with_bias)
         true_rows = to_rows(layer, exact.weight.detach()).double()
-        up = learn_rounding(rows, second, torch.bmm(true_rows, cross), self.options.how)
+        features = rows.low.shape[2]
+        if moments.count < features:
+            self.notes.append(f"{node.target} keeps its rounding: {moments.count} inputs for {features} features")
+            up = rows.nearest()
+        else:
+            up = learn_rounding(rows, second, torch.bmm(true_rows, cross), self.options.how)
         put_rounded(layer, rows.values(up))
         if with_bias:
             means = (moments.sum_x / moments.count, moments.sum_y / moments.count)
