@@ -211,6 +211,23 @@ def test_behind_weight_quantization() -> None:
     assert error_of(result.program, model) < 0.8 * error_of(nearest, model)
 
 
+def test_fewer_inputs_than_features_are_not_learned_by_heart() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 10))
+    plain = fxc.capture(model, (torch.randn(2, 8),))
+    context = fxc.Context(calibration=[torch.randn(4, 8) for _ in range(6)])
+    nearest = fxc.QuantizeWeights(bits=4, group_size=-1)(plain, context).program
+    result = fxc.AdaRound(iterations=20)(nearest, context)
+    assert any("24 inputs for 64 features" in note for note in result.notes)
+    first, last = (
+        [layer for _, layer in p.layers() if hasattr(layer, "weight_fake_quantize")] for p in (nearest, result.program)
+    )
+    same = [
+        torch.allclose(cast(Any, a).weight_fake_quantize(a.weight), b.weight) for a, b in zip(first, last, strict=True)
+    ]
+    assert same == [False, True], "the second layer alone has more features than inputs"
+
+
 def test_blocks_learned_together() -> None:
     """A block is only changed where its own output comes out nearer."""
     model, plain, data = program_of(Convolutions)
