@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fxcompress.errors import PassError
 from fxcompress.ops import fake_quantize
-from fxcompress.qat.ranges import least_error_range
+from fxcompress.qat.ranges import fitted_range, least_error_range
 from fxcompress.qat.rounding import round_learned, round_straight_through
 from fxcompress.quant.fake_quantize import FakeQuantize
 from fxcompress.quant.observers import MseObserver
@@ -97,10 +97,13 @@ class TrainedQuantizer(FakeQuantize):
         return super().extra_repr() + (f" without {', '.join(off)}" if off else "")
 
 
-def _range(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """The range of 8 bits is that of the extremes; with fewer they would leave most values too few integers."""
+def _range(x: Tensor, spec: QuantSpec, known: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """The range of 8 bits is that of the extremes; with fewer they would leave most values too few integers.
+
+    ``known`` is the range of the step before, from which that of least squared error is followed.
+    """
     if spec.bits < 8:
-        return least_error_range(x, spec)
+        return least_error_range(x, spec) if known is None else fitted_range(x, spec, *known)
     if spec.axis is None:
         return x.amin().float(), x.amax().float()  # aminmax copies what is not contiguous
     rest = [d for d in range(x.dim()) if d != spec.axis]
@@ -110,8 +113,8 @@ def _range(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
 class WeightQuantizer(TrainedQuantizer):
     """Grid over the range of the weight as it is now, per channel or tensor (Jacob et al. 2018, section 3.1).
 
-    With 8 bits that is the range of the extremes, with fewer that of least squared error. Without observing, the grid of
-    the last training step stays.
+    With 8 bits that is the range of the extremes. With fewer it is that of least squared error, which each training step
+    follows. Without observing, the grid of the last training step stays.
 
     Args:
         spec: The grid.
@@ -120,26 +123,29 @@ class WeightQuantizer(TrainedQuantizer):
 
     def __init__(self, spec: QuantSpec, weight: Tensor) -> None:
         super().__init__(spec, weight.device)
-        self.set_range(*_range(weight.detach(), spec))
+        self.set_range(*_range(weight.detach(), spec, None))
         self.ready = True
 
     def forward(self, x: Tensor, factor: Tensor | None = None) -> Tensor:
         """The weight on its grid."""
         if not self.quantizing:
             return x
-        scale, zero_point = self.grid(x.detach())
         if self.training and self.observing:
-            self.scale.copy_(scale)
-            self.zero_point.copy_(zero_point)
-        return self._round(x, scale, zero_point)
+            self._follow(x.detach())
+        return self._round(x, *self.grid(x))
 
     def grid(self, x: Tensor | None = None, factor: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The grid of the weight ``x``; that of the last training step without it, or without observing."""
-        return self._measured(x.detach()) if self.observing and x is not None else (self.scale, self.zero_point)
-
-    def _measured(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        scale, zero_point = solve(*_range(weight, self.spec), self.spec)
+        """With 8 bits and observing, the grid of the weight ``x``; else that of the last training step."""
+        if self.spec.bits < 8 or not self.observing or x is None:
+            return self.scale, self.zero_point
+        scale, zero_point = solve(*_range(x.detach(), self.spec, None), self.spec)
         return scale.to(torch.float32), zero_point.to(torch.int32)
+
+    def _follow(self, weight: Tensor) -> None:
+        low, high = ((end - self.zero_point) * self.scale for end in (self.spec.qmin, self.spec.qmax))
+        scale, zero_point = solve(*_range(weight, self.spec, (low, high)), self.spec)
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
 
 
 class SharedScale(nn.Module):
@@ -214,7 +220,7 @@ class ActivationQuantizer(TrainedQuantizer):
 
     @torch.no_grad()
     def _observe(self, x: Tensor) -> None:
-        low, high = _range(x, self.spec)
+        low, high = _range(x, self.spec, (self.low, self.high) if self.ready else None)
         finite = torch.isfinite(low) & torch.isfinite(high)
         if not self.ready:
             if bool(finite):

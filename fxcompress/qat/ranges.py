@@ -1,4 +1,4 @@
-"""Ranges of least squared error, quickly enough to be taken anew in every training step.
+"""Ranges of least squared error: a search to begin with, and a step of it in every training step.
 
 Some widths around that of LSQ's first step are tried; Lloyd's algorithm ("Least squares quantization in PCM", 1982) goes on
 from the best on a uniform grid: values are rounded, then the grid is the line ``scale q + offset`` that fits them best.
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fxcompress.quant.spec import QuantSpec, solve
 
-__all__ = ["least_error_range"]
+__all__ = ["fitted_range", "least_error_range"]
 
 _WIDTHS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.15, 1.3, 1.5, 1.75, 2.0, 2.5)
 _ROUNDS = 3
@@ -48,8 +48,18 @@ def least_error_range(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     for width in _WIDTHS:
         consider(centre - width * reach, centre + width * reach)
     for _ in range(_ROUNDS):
-        consider(*_fitted(rows, *best, spec))
+        consider(*_fitted(rows, *best, spec)[:2])
     return (best[0][0], best[1][0]) if spec.axis is None else best
+
+
+@torch.no_grad()
+def fitted_range(x: Tensor, spec: QuantSpec, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """One step of Lloyd's algorithm from a range near the best one; arguments and result as in `least_error_range`."""
+    rows = _rows(x.detach(), spec)
+    begin, end, usable = _fitted(rows, low.reshape(-1), high.reshape(-1), spec)
+    if bool((~usable & rows.any(1)).any()):  # far too wide: all values have one integer
+        return least_error_range(x, spec)
+    return begin.reshape(low.shape), end.reshape(high.shape)
 
 
 def _rows(x: Tensor, spec: QuantSpec) -> Tensor:
@@ -68,8 +78,8 @@ def _first(rows: Tensor, low: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     return centre, step * most
 
 
-def _fitted(rows: Tensor, low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """The range of the line that fits ``rows`` best, given the integers they have in this range."""
+def _fitted(rows: Tensor, low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """The range of the line that fits ``rows`` best, given the integers they have in this range, and where there is one."""
     scale, zero_point = (t.float()[:, None] for t in solve(low, high, spec))
     q = (rows / scale).round_().clamp_(spec.qmin - zero_point, spec.qmax - zero_point)
     offset: Tensor | float = 0.0
@@ -79,9 +89,10 @@ def _fitted(rows: Tensor, low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[T
         offset = mean_x - slope * mean_q
     else:
         slope = (q * rows).sum(1, keepdim=True) / q.square().sum(1, keepdim=True)
-    usable = torch.isfinite(slope) & (slope > 0)  # else all have the same integer
+    usable = (torch.isfinite(slope) & (slope > 0))[:, 0]  # else all have the same integer
     ends = (slope * (spec.qmin - zero_point) + offset, slope * (spec.qmax - zero_point) + offset)
-    return tuple(torch.where(usable, new, old[:, None])[:, 0] for new, old in zip(ends, (low, high), strict=True))  # type: ignore[return-value]
+    begin, end = (torch.where(usable, new[:, 0], old) for new, old in zip(ends, (low, high), strict=True))
+    return begin, end, usable
 
 
 def _error(rows: Tensor, low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor:

@@ -53,11 +53,18 @@ class Naive:
         self.w, self.b = (state[f"conv.{k}"].requires_grad_() for k in ("weight", "bias"))
         self.gamma, self.beta = (state[f"bn.{k}"].requires_grad_() for k in ("weight", "bias"))
         self.mean, self.var = state["bn.running_mean"], state["bn.running_var"]
+        self.scale = state["conv.weight_fake_quantize.scale"]
 
     def quantized(self, w: Tensor) -> Tensor:
-        scale = (w.detach().flatten(1).amax(1) / 7).maximum(-w.detach().flatten(1).amin(1) / 8)[:, None, None, None]
-        q = (w.detach() / scale).round().clamp(-8, 7) * scale
-        return w + (q - w).detach()
+        """Each step fits the scale to the integers of the weight, ``<w, q> / <q, q>``; clipped weights have no gradient."""
+        rows = w.detach().flatten(1)
+        old = (rows / self.scale[:, None]).round().clamp(-8, 7)
+        self.scale = (rows * old).sum(1) / old.square().sum(1)
+        scale = self.scale[:, None, None, None]
+        steps = w.detach() / scale
+        q = steps.round().clamp(-8, 7) * scale
+        passing = w * ((steps >= -8) & (steps <= 7))
+        return passing + (q - passing).detach()
 
     def step(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Output in the paper's form, and the running statistics behind it."""
