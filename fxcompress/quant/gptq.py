@@ -62,14 +62,8 @@ def factorize(moments: Tensor, damping: float, act_order: bool, out: Tensor | No
     for _ in range(_ESCALATIONS + 1):
         factor = _inverse_factor(moments, order, damping * mean)
         if factor is not None:
-            return Curvature(
-                _turned(
-                    factor,
-                    torch.empty(moments.shape, dtype=torch.float64, device=moments.device) if out is None else out,
-                ),
-                order,
-                damping,
-            )
+            place = torch.empty_like(moments, dtype=torch.float64) if out is None else out
+            return Curvature(_turned(factor, place), order, damping)
         damping = max(damping, 1e-3) * 10
     raise PassError(
         60,

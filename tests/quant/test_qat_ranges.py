@@ -37,13 +37,17 @@ SHAPES: dict[str, Any] = {
 }
 
 
+def case(bits: int, name: str, symmetric: bool) -> tuple[Tensor, QuantSpec]:
+    """Rows and their grid."""
+    torch.manual_seed(0)
+    return SHAPES[name](), QuantSpec(bits, signed=symmetric, symmetric=symmetric, axis=0)
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_nearly_the_least_error(bits: int, name: str, symmetric: bool) -> None:
-    torch.manual_seed(0)
-    rows = SHAPES[name]()
-    spec = QuantSpec(bits, signed=symmetric, symmetric=symmetric, axis=0)
+    rows, spec = case(bits, name, symmetric)
     low, high = least_error_range(rows, spec)
     got = error(rows, low, high, spec)
     assert bool((got <= error(rows, rows.amin(1), rows.amax(1), spec) * (1 + 1e-5)).all())
@@ -57,9 +61,7 @@ def test_nearly_the_least_error(bits: int, name: str, symmetric: bool) -> None:
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_the_range_is_followed(bits: int, name: str, symmetric: bool) -> None:
     """Values that shrink to a half in 100 steps: the range that goes with them is as good as one that is searched anew."""
-    torch.manual_seed(0)
-    rows = SHAPES[name]()
-    spec = QuantSpec(bits, signed=symmetric, symmetric=symmetric, axis=0)
+    rows, spec = case(bits, name, symmetric)
     low, high = least_error_range(rows, spec)
     for _ in range(100):
         rows = rows * 0.5**0.01
