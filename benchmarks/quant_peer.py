@@ -48,6 +48,9 @@ def recipe(method: str, bits: int, symmetric: bool) -> list[Any]:
     if method == "SmoothQuant, W8A8":
         smooth = transform.SmoothQuantModifier(smoothing_strength=0.8)
         return [smooth, plain(targets="Linear", scheme="W8A8", ignore=["lm_head"])]
+    if method == "SmoothQuant, GPTQ, W8A8":
+        smooth = transform.SmoothQuantModifier(smoothing_strength=0.8)
+        return [smooth, gptq.GPTQModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"])]
     raise ValueError(f"LLM Compressor {method} is not known")
 
 

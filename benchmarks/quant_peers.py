@@ -40,6 +40,7 @@ PEERS: Final[dict[str, list[str]]] = {
     "LLM Compressor GPTQ, 3 bits": ["--bits", "3"],
     "LLM Compressor W8A8": [],
     "LLM Compressor SmoothQuant, W8A8": [],
+    "LLM Compressor SmoothQuant, GPTQ, W8A8": [],
     "AutoRound 200 steps": [],
 }
 
@@ -49,6 +50,7 @@ def recipes(samples: int) -> dict[str, list[dict[str, Any]]]:
     grid = {"name": "QuantizeWeights", "bits": 4, "group_size": 64, "ignore": ["lm_head"]}
     data = {"samples": samples, "in_place": True}
     smooth = {"name": "SmoothQuant", "alpha": "auto", "activations": "token", "samples": samples, "ignore": ["lm_head"]}
+    rows = {"name": "QuantizeWeights", "bits": 8, "method": "gptq", "ignore": ["lm_head"], **data}
     dynamic = {"name": "QuantizeDynamic", "ignore": ["lm_head"]}
     best = {**grid, **data, "method": "awq+gptq"}
     return {
@@ -63,6 +65,8 @@ def recipes(samples: int) -> dict[str, list[dict[str, Any]]]:
         "GPTQ, 3 bits": [{**grid, **data, "method": "gptq", "bits": 3}],
         "W8A8": [dynamic],
         "SmoothQuant, W8A8": [smooth, dynamic],
+        "GPTQ, W8A8": [rows, dynamic],
+        "SmoothQuant, GPTQ, W8A8": [smooth, rows, dynamic],
     }
 
 

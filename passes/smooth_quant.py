@@ -116,19 +116,18 @@ class SmoothQuant(Pass):
             reason = migration if isinstance(migration, str) else "calibration never reached it"
             result.refusals.append(Refusal("smooth", names, reason))
             return
-        weight = torch.cat([_rows(program, n) for n in migration.consumers])
-        alpha, factors = self._factors(sample, weight, migration)
+        alpha, factors = self._factors(sample, [_rows(program, n) for n in migration.consumers], migration)
         if alpha is None or float((factors - 1).abs().max()) < _SAME:
             result.notes.append(f"{names}: nothing to smooth")
             return
         migration.apply(program, WeightStore(program.gm, replace=True), factors)
         result.changes.append(f"smoothed {names} through {', '.join(migration.producers)}: alpha {alpha:g}")
 
-    def _factors(self, sample: SampledRows, weight: Tensor, migration: Migration) -> tuple[float | None, Tensor]:
+    def _factors(self, sample: SampledRows, weights: list[Tensor], migration: Migration) -> tuple[float | None, Tensor]:
         if self.alpha == "auto":
-            return best_alpha(sample, weight, migration, self.activations)
+            return best_alpha(sample, weights, migration, self.activations)
         assert sample.peak is not None
-        return float(self.alpha), smoothing_factors(sample.peak, weight, float(self.alpha), migration)
+        return float(self.alpha), smoothing_factors(sample.peak, torch.cat(weights), float(self.alpha), migration)
 
 
 def _names(nodes: list[Node]) -> str:

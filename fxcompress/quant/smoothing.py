@@ -6,6 +6,7 @@ Xiao et al., "SmoothQuant: Accurate and Efficient Post-Training Quantization for
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -75,35 +76,47 @@ def smoothing_factors(peak: Tensor, weight: Tensor, alpha: float, migration: Mig
 
 
 def best_alpha(
-    sample: SampledRows, weight: Tensor, migration: Migration, granularity: Granularity
+    sample: SampledRows, weights: Sequence[Tensor], migration: Migration, granularity: Granularity
 ) -> tuple[float | None, Tensor]:
-    """The alpha among `ALPHAS` whose 8-bit product errs least on the sample, and its factors.
+    """The alpha among `ALPHAS` whose 8-bit products err least on the sample, and its factors.
 
-    The error of each row of the product is relative to the row: in decoders the first tokens are a thousand times as large
-    as the others, and would be all that counts. Weights are rounded per row, activations per tensor (range: the peaks) or
-    per token, both symmetric.
+    The error of each row of a product is relative to the row, and all readers count alike: in decoders the first tokens
+    are a thousand times as large as the others, and queries and keys are larger than values; they would be all that
+    counts. Weights are rounded per row, activations per tensor (range: the peaks) or per token, both symmetric.
+
+    Args:
+        sample: What the readers read.
+        weights: Of each reader [out, channels].
+        migration: Which channels share a factor.
+        granularity: Of the scales of activations.
 
     Returns:
         ``None`` and ones when nothing is better than leaving the channels alone.
     """
     assert sample.peak is not None
     best: tuple[float | None, Tensor] = (None, torch.ones(migration.count))
-    rows = sample.rows
-    wanted = rows @ weight.t()
-    least = _error(rows, sample.peak, weight, wanted, granularity)
+    rows, together = sample.rows, torch.cat(list(weights))
+    wanted = [rows @ weight.t() for weight in weights]
+    least = _error(rows, sample.peak, weights, wanted, granularity)
     for alpha in ALPHAS:
-        factors = smoothing_factors(sample.peak, weight, alpha, migration)
+        factors = smoothing_factors(sample.peak, together, alpha, migration)
         each = factors[migration.groups]
-        error = _error(rows / each, sample.peak / each, weight * each, wanted, granularity)
+        error = _error(rows / each, sample.peak / each, [weight * each for weight in weights], wanted, granularity)
         if error < least:
             least, best = error, (alpha, factors)
     return best
 
 
-def _error(rows: Tensor, peak: Tensor, weight: Tensor, wanted: Tensor, granularity: Granularity) -> float:
+def _error(
+    rows: Tensor, peak: Tensor, weights: Sequence[Tensor], wanted: Sequence[Tensor], granularity: Granularity
+) -> float:
     limit = peak.max() if granularity == "tensor" else rows.abs().amax(1, keepdim=True)
-    product = _eight_bits(rows, limit) @ _eight_bits(weight, weight.abs().amax(1, keepdim=True)).t()
-    return float(((product - wanted).square().sum(1) / wanted.square().sum(1).clamp(min=1e-30)).mean())
+    given = _eight_bits(rows, limit)
+    errors = []
+    for weight, exact in zip(weights, wanted, strict=True):
+        product = given @ _eight_bits(weight, weight.abs().amax(1, keepdim=True)).t()
+        errors.append(((product - exact).square().sum(1) / exact.square().sum(1).clamp(min=1e-30)).mean())
+    return float(torch.stack(errors).mean())
 
 
 def _eight_bits(values: Tensor, limit: Tensor) -> Tensor:

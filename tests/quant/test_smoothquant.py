@@ -80,17 +80,18 @@ def test_auto_is_not_worse_than_any_fixed_alpha_on_its_own_measure() -> None:
     from fxcompress.quant.smoothing import ALPHAS, SampledRows, _error, best_alpha, smoothing_factors
 
     model, data = Block().eval(), batches()
-    sample, weight = SampledRows(len(data)), torch.cat([model.q.weight, model.k.weight]).detach()
+    sample, weights = SampledRows(len(data)), [model.q.weight.detach(), model.k.weight.detach()]
     for x in data:
         sample.update(model.norm(x))
     migration = Migration(None, [], torch.arange(32), 32)  # type: ignore[arg-type]
     for granularity in ("tensor", "token"):
-        alpha, _ = best_alpha(sample, weight, migration, granularity)  # type: ignore[arg-type]
+        alpha, _ = best_alpha(sample, weights, migration, granularity)  # type: ignore[arg-type]
         assert sample.peak is not None
         errors = {}
         for a in ALPHAS:
-            s = smoothing_factors(sample.peak, weight, a, migration)
-            errors[a] = _error(sample.rows / s, sample.peak / s, weight * s, sample.rows @ weight.t(), granularity)  # type: ignore[arg-type]
+            s = smoothing_factors(sample.peak, torch.cat(weights), a, migration)
+            smooth, wanted = [w * s for w in weights], [sample.rows @ w.t() for w in weights]
+            errors[a] = _error(sample.rows / s, sample.peak / s, smooth, wanted, granularity)  # type: ignore[arg-type]
         assert alpha is not None and errors[alpha] == min(errors.values())
 
 
@@ -112,10 +113,25 @@ def test_a_few_huge_rows_are_not_all_that_counts() -> None:
     def error(x: torch.Tensor) -> float:
         sample = SampledRows(1)
         sample.update(x)
-        _, s = best_alpha(sample, weight, migration, "token")
+        _, s = best_alpha(sample, [weight], migration, "token")
         return float((eight_bits(rows / s) @ eight_bits(weight * s).t() - rows @ weight.t()).square().sum())
 
     assert error(torch.cat([huge, rows[:252]])) < 2 * error(rows)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "token"])
+def test_a_large_reader_counts_as_much_as_a_small_one(granularity: Any) -> None:
+    """As queries beside values: an 8-bit product errs as its size, so the measure does not change with the size."""
+    from fxcompress.quant.smoothing import _error
+
+    torch.manual_seed(0)
+    rows, values, queries = torch.randn(64, 32) * torch.linspace(0.1, 8.0, 32), torch.randn(16, 32), torch.randn(8, 32)
+
+    def error(*weights: torch.Tensor) -> float:
+        return _error(rows, rows.abs().amax(0), weights, [rows @ w.t() for w in weights], granularity)
+
+    both = (error(values) + error(queries)) / 2
+    assert error(values, queries) == pytest.approx(both) and error(values, 1024.0 * queries) == pytest.approx(both)
 
 
 def test_refusals_options_and_data() -> None:
