@@ -195,7 +195,9 @@ class Timed:
         return bool(ratio.median < MARGIN and ratio.high < 1.0)
 
     def text(self, a: Candidate, b: Candidate) -> str:
-        return f"{self.latency[a.label].p50_ms:.2f} ms against {self.latency[b.label].p50_ms:.2f} ms ({b.label})"
+        times = f"{self.latency[a.label].p50_ms:.2f} ms against {self.latency[b.label].p50_ms:.2f} ms"
+        ratio = self.ratio(a, b)
+        return f"{times} ({b.label}), round by round {ratio.median:.2f} times [{ratio.low:.2f}, {ratio.high:.2f}]"
 
     def choice(self, chosen: Candidate, candidates: list[Candidate], decisions: list[str]) -> Choice:
         baseline = _baseline_of(chosen, candidates)

@@ -317,6 +317,7 @@ def test_int8_that_is_not_faster_is_given_up(monkeypatch: pytest.MonkeyPatch, ms
     assert report.precision == "float32" and report.speedup is None
     assert report.latency["before"] == report.latency["after"] and report.latency["after"].p50_ms == 2.0
     assert "INT8 everywhere is not faster" in report.decisions[0] and "stays in float32" in report.decisions[-1]
+    assert f"round by round {ms / 2:.2f} times [" in report.decisions[0], "medians alone can mislead"
     assert "stays in float32" in str(report)
 
 
