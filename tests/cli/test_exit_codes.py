@@ -131,7 +131,9 @@ def test_interrupt(model: str, tmp_path: Path) -> None:
     """Control-C in the middle of the work: 130, no traceback, nothing half-written."""
     work = "    open('begun', 'w').close()\n    time.sleep(60)\n"
     (tmp_path / "slow.py").write_text(f"import time\ndef build():\n{work}")
-    code = "import sys; from fxcompress.cli import main; sys.exit(main(sys.argv[1:]))"
+    # A shell that starts the tests in the background hands down a SIGINT that is ignored.
+    start = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{start}; from fxcompress.cli import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "compress", "py:slow.py:build", "-o", "out"]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
