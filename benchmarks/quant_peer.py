@@ -31,7 +31,7 @@ def scheme(bits: int, symmetric: bool) -> dict[str, Any]:
 
 
 def recipe(method: str, bits: int, symmetric: bool) -> list[Any]:
-    """LLM Compressor's modifiers, their defaults untouched."""
+    """LLM Compressor's modifiers, their defaults untouched but for SmoothQuant's strength, which its examples set to 0.8."""
     quantization: Any = importlib.import_module("llmcompressor.modifiers.quantization")
     transform: Any = importlib.import_module("llmcompressor.modifiers.transform")
     gptq: Any = importlib.import_module("llmcompressor.modifiers.gptq")
@@ -45,12 +45,10 @@ def recipe(method: str, bits: int, symmetric: bool) -> list[Any]:
         return [importlib.import_module("llmcompressor.modifiers.transform.awq").AWQModifier(), plain(**grid)]
     if method == "W8A8":
         return [plain(targets="Linear", scheme="W8A8", ignore=["lm_head"])]
-    if method == "SmoothQuant, W8A8":
+    if method in ("SmoothQuant, W8A8", "SmoothQuant, GPTQ, W8A8"):
+        rounding = gptq.GPTQModifier if "GPTQ" in method else plain
         smooth = transform.SmoothQuantModifier(smoothing_strength=0.8)
-        return [smooth, plain(targets="Linear", scheme="W8A8", ignore=["lm_head"])]
-    if method == "SmoothQuant, GPTQ, W8A8":
-        smooth = transform.SmoothQuantModifier(smoothing_strength=0.8)
-        return [smooth, gptq.GPTQModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"])]
+        return [smooth, rounding(targets="Linear", scheme="W8A8", ignore=["lm_head"])]
     raise ValueError(f"LLM Compressor {method} is not known")
 
 

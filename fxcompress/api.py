@@ -36,7 +36,7 @@ from fxcompress.passes import (
     QuantizeStatic,
     RemoveIdentity,
 )
-from fxcompress.pipeline import Pipeline, StepRecord
+from fxcompress.pipeline import Pipeline, StepRecord, precision_of
 from fxcompress.report import Report
 from fxcompress.selection import Candidate, Choice, available_targets, choose
 
@@ -220,7 +220,7 @@ class _Job:
             plain, records = self._run(steps[:cut], self.captured, context, target, 0)
         result = [Candidate(target, "float32", plain, plain, records, is_baseline=True, options=self.options)]
         if cut < len(steps):
-            precision, variant = (steps[first].precision, "") if first < len(steps) else ("float32", "compressed")
+            precision, variant = (precision_of(steps), "") if first < len(steps) else ("float32", "compressed")
             with self.timed("compression"):
                 reference, more = self._run(steps[cut:first], plain, context, target, cut)
                 records = records + more

@@ -15,7 +15,7 @@ from fxcompress.errors import FxcError, PassError, UsageError
 from fxcompress.ir import Program
 from fxcompress.passbase import Context, Pass, Refusal, Result, output_error
 
-__all__ = ["Pipeline", "StepRecord", "as_pipeline"]
+__all__ = ["Pipeline", "StepRecord", "as_pipeline", "precision_of"]
 
 _log = logging.getLogger("fxcompress")
 
@@ -192,3 +192,9 @@ def as_pipeline(passes: Sequence[Pass] | Pass, **options: Any) -> Pipeline:
     """A pipeline over ``passes`` (a single pass is allowed); options as those of `Pipeline`."""
     steps = (passes,) if isinstance(passes, Pass) else tuple(passes)
     return Pipeline(passes=steps, **options)
+
+
+def precision_of(passes: Sequence[Pass]) -> str:
+    """What reports call a program behind these passes: ``int8``, ``int4 weights + int8``; "" when none quantizes."""
+    names = list(dict.fromkeys(p.precision for p in passes if p.precision))
+    return " + ".join(n for n in names if n.removesuffix(" weights") == n or n.removesuffix(" weights") not in names)

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import nn
 
+import fxcompress as fxc
 from fxcompress.capture import capture
 from fxcompress.errors import PassError, UsageError
 from fxcompress.ir import Program
 from fxcompress.passbase import Context, Pass, fingerprint, output_error
 from fxcompress.passes import EliminateDeadCode, FoldBatchNorm, FuseActivations, QuantizeStatic, RemoveIdentity
-from fxcompress.pipeline import Pipeline, StepRecord, as_pipeline
+from fxcompress.pipeline import Pipeline, StepRecord, as_pipeline, precision_of
 from fxcompress.testing import check_pass
 from tests.helpers.example_passes import BreakOutputs, Idle, Raise, RoundWeights, SiluToSigmoidMul
 
@@ -185,3 +186,19 @@ def test_bisect_judges_lossy_passes_too() -> None:
     passes = (FoldBatchNorm(), RoundWeights(step=1e-4), RoundWeights(step=0.5), FuseActivations())
     found = Pipeline(passes=passes).bisect(PROGRAM, Counting(PROGRAM), Context())
     assert found is passes[2]
+
+
+@pytest.mark.parametrize(
+    ("passes", "name"),
+    [
+        ((), ""),
+        ((fxc.FoldBatchNorm(), fxc.QuantizeStatic()), "int8"),
+        ((fxc.QuantizeWeights(bits=8), fxc.QuantizeDynamic()), "int8"),
+        ((fxc.QuantizeWeights(bits=4), fxc.QuantizeDynamic()), "int4 weights + int8"),
+        ((fxc.QuantizeWeights(bits=8, include="a"), fxc.QuantizeWeights(bits=4)), "int8 weights + int4 weights"),
+        ((fxc.QuantizeStatic(), fxc.Cast("fp16")), "int8 + fp16"),
+    ],
+    ids=str,
+)
+def test_what_reports_call_passes(passes: tuple[Pass, ...], name: str) -> None:
+    assert precision_of(passes) == name

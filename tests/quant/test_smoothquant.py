@@ -75,6 +75,22 @@ def test_eight_bits_err_less_behind_it(after: Any) -> None:
     assert errors["smooth"] < 0.5 * errors["plain"] and errors["auto"] < 0.5 * errors["plain"]
 
 
+@pytest.mark.onnxruntime
+def test_gptq_between_it_and_dynamic_activations() -> None:
+    """Three passes, one 8-bit program: weights err less than to the nearest, and the engine computes what is simulated."""
+    model, data = Block().eval(), batches()
+    smooth, dynamic = fxc.SmoothQuant(alpha="auto", activations="token", samples=16), fxc.QuantizeDynamic()
+    program, errors = fxc.capture(model, (data[0],)), {}
+    for method in ("rtn", "gptq"):
+        rows = fxc.QuantizeWeights(bits=8, method=method, samples=16)  # type: ignore[arg-type]
+        found = fxc.Pipeline([smooth, rows]).run(program, fxc.Context(calibration=data)).program
+        errors[method] = sum(float((found(x) - model(x)).detach().square().sum()) for x in data)
+    assert errors["gptq"] < errors["rtn"]
+    passes = [smooth, fxc.QuantizeWeights(bits=8, method="gptq", samples=16), dynamic]
+    engine = fxc.compile(model, (data[0],), passes=passes, calibration=data, target="onnxruntime", measure=False)
+    assert engine.report.precision == "int8" and engine.report.parity["error"] < 1e-3
+
+
 def test_auto_is_not_worse_than_any_fixed_alpha_on_its_own_measure() -> None:
     from fxcompress.quant.migration import Migration
     from fxcompress.quant.smoothing import ALPHAS, SampledRows, _error, best_alpha, smoothing_factors
