@@ -72,7 +72,8 @@ def llm_compressor(model: Any, folder: str, rows: list[list[int]], method: str, 
 
 
 def auto_round(model: Any, folder: str, rows: list[list[int]], method: str, bits: int, symmetric: bool) -> Any:
-    """AutoRound's tuning; ``method`` holds the number of its steps (its default is 200)."""
+    """AutoRound's tuning by one of its recipes: ``default`` or ``light``."""
+    iters, rate = {"default": (200, None), "light": (50, 5e-3)}[method]
     transformers: Any = importlib.import_module("transformers")
     rounding: Any = importlib.import_module("auto_round").AutoRound(
         model,
@@ -80,7 +81,8 @@ def auto_round(model: Any, folder: str, rows: list[list[int]], method: str, bits
         bits=bits,
         group_size=GROUP,
         sym=symmetric,
-        iters=int(method.split()[0]),
+        iters=iters,
+        lr=rate,
         dataset=[{"input_ids": torch.tensor([row]), "attention_mask": torch.ones(1, len(row))} for row in rows],
         seqlen=len(rows[0]),
         nsamples=len(rows),

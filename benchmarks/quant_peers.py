@@ -5,9 +5,9 @@
 
 Every quantizer runs in a process of its own on the same weights and the same tokens: calibration is the first half of
 the text, the score that of the second. All 210 linear layers of the decoder in groups of 64, embedding and head in
-float32. LLM Compressor and AutoRound run with their defaults in the environment of ``--peer-python`` (or of
-``$FXC_LLMCOMPRESSOR_PYTHON``). ``--only`` runs the rows whose name fits the pattern; ``--resume`` keeps the rows of
-an interrupted run with the same settings.
+float32. LLM Compressor and AutoRound (its recipes ``light``, 50 steps, and ``default``, 200) run with their defaults in
+the environment of ``--peer-python`` (or of ``$FXC_LLMCOMPRESSOR_PYTHON``). ``--only`` runs the rows whose name fits the
+pattern; ``--resume`` keeps the rows of an interrupted run with the same settings.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ PEERS: Final[dict[str, list[str]]] = {
     "LLM Compressor W8A8": [],
     "LLM Compressor SmoothQuant, W8A8": [],
     "LLM Compressor SmoothQuant, GPTQ, W8A8": [],
-    "AutoRound 200 steps": [],
+    "AutoRound light": [],
+    "AutoRound default": [],
 }
 
 
