@@ -134,7 +134,9 @@ class Bench:
             row["peak_of_weights"] = row["peak_bytes"] / self.weights
             what = f"perplexity {row['perplexity']:.3f}, {row['seconds']:.0f} s"
             print(f"{name}: {what}, peak {row['peak_of_weights']:.2f} x weights", flush=True)
-        self.rows[name] = row
+        found = {**self.rows, name: row}
+        order = [*(f"{OURS} {recipe}" for recipe in recipes(self.samples)), *PEERS]
+        self.rows = {known: found[known] for known in order if known in found}
         options = argparse.Namespace(**{**vars(self.options), "only": ""})
         harness.write(self.options.claim, self.rows, self.settings, options)
 
