@@ -94,6 +94,17 @@ def cost(found: Results) -> str:
     return table(["SmolLM2-135M", "s", "peak memory, x weights", "perplexity"], lines) + "\n"
 
 
+def steps(found: Results) -> str:
+    """Perplexity for every pair of divisors, without and with SmoothQuant."""
+    methods = list(dict.fromkeys(name.partition(", ")[0] for name in found))
+    divisors = list(dict.fromkeys(name.partition(", ")[2] for name in found))
+    lines = []
+    for pair in divisors:
+        rows = [found.get(f"{method}, {pair}") for method in methods]
+        lines.append([*pair.split(", "), *(f"{row['perplexity']:.3f}" if row else "" for row in rows)])
+    return table(["weights: max / ", "activations: max / ", *methods], lines) + "\n"
+
+
 def repair(found: Results) -> str:
     """Accuracy before and after repair."""
     names = {"top1": "top-1 %", "top1_held_out": "held out %", "agreement": "agreement %"}
@@ -130,6 +141,7 @@ TABLES: Final[Mapping[str, Callable[[Results], str]]] = {
     "quant_decode": decode,
     "quant_peers": peers,
     "quant_gptq": cost,
+    "quant_steps": steps,
     "quant_repair": repair,
     "quant_auto": search,
 }
