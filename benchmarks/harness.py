@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import comb
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -95,6 +95,23 @@ def write(claim: str, results: Json, settings: Mapping[str, Json], options: argp
     content = {"claim": claim, "environment": environment(options.threads), "settings": asked, "results": results}
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def known(claim: str, settings: Mapping[str, Json], options: argparse.Namespace) -> dict[str, Any]:
+    """Rows that an interrupted run with the same settings left, for ``--resume``; those with an error are left out.
+
+    Args:
+        claim: What is measured; all rows in one file.
+        settings: How they are measured.
+        options: The command line's, with ``resume``.
+    """
+    path = RESULTS / f"{claim}{'_quick' if options.quick else ''}.json"
+    if not options.resume or not path.exists():
+        return {}
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if any(content["settings"].get(name) != value for name, value in settings.items()):
+        return {}
+    return {name: row for name, row in content["results"].items() if "error" not in row}
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ benchmarks: engines in processes of their own, paired by round.
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -135,23 +134,14 @@ def _ratio(race: harness.Race, first: str, second: str) -> dict[str, Json]:
     return {"median": ratio.median, "low": ratio.low, "high": ratio.high, "verdict": ratio.verdict}
 
 
-def known(settings: Mapping[str, Json], options: argparse.Namespace) -> dict[str, Json]:
-    """Rows of an earlier run with the same settings."""
-    path = harness.RESULTS / f"quant_auto{'_quick' if options.quick else ''}.json"
-    if not options.resume or not path.exists():
-        return {}
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return dict(content["results"]) if content["settings"].get("rounds") == settings["rounds"] else {}
-
-
 def main() -> None:
     """Command line."""
     options = harness.arguments("The search against the hand-picked pipeline.", only="", resume=False)
     only, options.only = options.only, ""  # all rows share one file
     settings: dict[str, Json] = dict(harness.timing_of(options).record())
-    rows = known(settings, options)
+    rows = harness.known("quant_auto", settings, options)
     for name in (*REAL, *RANDOM):
-        if only in ("", name) and not (name in rows and options.resume):
+        if only in ("", name) and name not in rows:
             rows[name] = run(name, options)
             harness.write("quant_auto", rows, settings, options)
     print(harness.write("quant_auto", rows, settings, options))

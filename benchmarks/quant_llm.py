@@ -10,7 +10,6 @@ runs the rows whose name holds the text (and float, and round-to-nearest, which 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from typing import Any, Final
 
@@ -69,14 +68,7 @@ class Bench:
             "evaluation": f"{count} x {smollm.LENGTH} tokens, WikiText-2 validation, second half",
             "closed": "share of the gap between float32 and RTN (extremes) of the same grid that is closed",
         }
-        self.rows: dict[str, Any] = self._known() if options.resume else {}
-
-    def _known(self) -> dict[str, Any]:
-        path = harness.RESULTS / f"quant_llm{'_quick' if self.options.quick else ''}.json"
-        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"settings": {}}
-        if any(content["settings"].get(name) != value for name, value in self.settings.items()):
-            return {}
-        return dict(content["results"])
+        self.rows: dict[str, Any] = harness.known("quant_llm", self.settings, options)
 
     def batches(self) -> list[dict[str, Tensor]]:
         """Calibration data, one sequence a batch."""

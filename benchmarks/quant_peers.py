@@ -93,15 +93,7 @@ class Bench:
             "peak_bytes": "most resident memory until then, less what the process had behind a model of one small layer",
             "weight_bytes": self.weights,
         }
-        self.rows: dict[str, Json] = self._known() if options.resume else {}
-
-    def _known(self) -> dict[str, Json]:
-        """Rows of an interrupted run with the same settings; those with an error are measured again."""
-        path = harness.RESULTS / f"{self.options.claim}{'_quick' if self.options.quick else ''}.json"
-        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"settings": {}}
-        if any(content["settings"].get(name) != value for name, value in self.settings.items()):
-            return {}
-        return {name: row for name, row in content["results"].items() if "error" not in row}
+        self.rows: dict[str, Json] = harness.known(options.claim, self.settings, options)
 
     def ours(self) -> None:
         """Every recipe of ours."""

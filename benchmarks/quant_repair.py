@@ -10,10 +10,7 @@ settings; ``--only`` runs the rows whose name holds the text.
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
-from collections.abc import Mapping
 from typing import Any, Final
 
 import fxcompress as fxc
@@ -47,30 +44,20 @@ def recipes(samples: int, blocks: bool, quick: bool) -> dict[str, list[Pass]]:
     return found
 
 
-def known(settings: Mapping[str, Json], options: argparse.Namespace) -> dict[str, Json]:
-    """Rows of an earlier run with the same settings."""
-    path = harness.RESULTS / f"quant_repair{'_quick' if options.quick else ''}.json"
-    if not options.resume or not path.exists():
-        return {}
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    same = all(content["settings"].get(name) == value for name, value in settings.items())
-    return dict(content["results"]) if same else {}
-
-
 def main() -> None:
     """Command line."""
     options = harness.arguments("Repair of INT8 and INT4.", only="", blocks=False, resume=False)
     only, options.only = options.only, ""  # all rows share one file
     task, model = accuracy.images(options.quick), MODELS[NETWORK]
     settings: dict[str, Json] = {"calibration": task.count, "samples": len(task.inputs["x"])}
-    rows = known(settings, options)
+    rows = harness.known("quant_repair", settings, options)
     reference = harness.predict(export.fp32_contestants(NETWORK, torch_too=False)[0], task.inputs, options.threads)
     rows[FLOAT] = task.score(reference, reference)
     exact = list(fxc.default_passes(quantize=False))
     for name, passes in recipes(task.count, options.blocks, options.quick).items():
         for target in ours.TARGETS:
             label = f"{name}, {target}"
-            if only not in label or (label in rows and options.resume):
+            if only not in label or label in rows:
                 continue
             begin = time.perf_counter()
             folder = label.replace(",", "")

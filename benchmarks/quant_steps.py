@@ -10,8 +10,6 @@ divisors are legitimate choices, so the spread of a column is how far apart two 
 
 from __future__ import annotations
 
-import json
-import math
 from typing import Any, Final
 
 import torch
@@ -95,16 +93,6 @@ def wrap(model: Any) -> list[Rounded]:
     return made
 
 
-def known(settings: dict[str, Json], options: Any) -> dict[str, Json]:
-    """Rows of an interrupted run with the same settings."""
-    path = harness.RESULTS / f"quant_steps{'_quick' if options.quick else ''}.json"
-    if not options.resume or not path.exists():
-        return {}
-    content = json.loads(path.read_text(encoding="utf-8"))
-    same = all(content["settings"].get(name) == value for name, value in settings.items())
-    return dict(content["results"]) if same else {}
-
-
 def main() -> None:
     """Command line."""
     options = harness.arguments("Chance in a W8A8 perplexity.", sequences=24, calibration=32, resume=False)
@@ -112,7 +100,7 @@ def main() -> None:
     count, samples = (2, 2) if options.quick else (options.sequences, options.calibration)
     held_out = smollm.windows("second", count)
     settings: dict[str, Json] = {"calibration": samples, "evaluation": count, "strength": STRENGTH}
-    rows = known(settings, options)
+    rows = harness.known("quant_steps", settings, options)
     for method in ("plain", f"SmoothQuant {STRENGTH}"):
         model = smollm.load()
         if method != "plain":
@@ -125,7 +113,7 @@ def main() -> None:
             for layer in layers:
                 layer.set(weights, activations)
             value = smollm.perplexity(lambda ids, m=model: m(input_ids=ids).logits, held_out)  # type: ignore[misc]
-            rows[name] = {"perplexity": value, "nats": math.log(value)}
+            rows[name] = {"perplexity": value}
             print(f"{name}: perplexity {value:.3f}", flush=True)
             harness.write("quant_steps", rows, settings, options)
 

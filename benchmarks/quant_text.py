@@ -10,7 +10,6 @@ engine that ships. ``drop`` is the float32 score minus the row's. ``--resume`` k
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -55,16 +54,10 @@ class Bench:
             "samples": len(next(iter(self.task.inputs.values()))),
             "group_size": GROUP,
         }
-        self.rows: dict[str, Any] = self._known() if options.resume else {}
+        self.rows: dict[str, Any] = harness.known("quant_text", self.settings, options)
         self.reference = self._run(Contestant(FLOAT, "onnxruntime", str(export.to_onnx(self.model, True))))
         if FLOAT not in self.rows:
             self._keep(FLOAT, self.reference, {})
-
-    def _known(self) -> dict[str, Any]:
-        path = harness.RESULTS / f"quant_text{'_quick' if self.options.quick else ''}.json"
-        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"settings": {}}
-        same = all(content["settings"].get(name) == value for name, value in self.settings.items())
-        return dict(content["results"]) if same else {}
 
     def _run(self, contestant: Contestant) -> accuracy.Array:
         return harness.predict(contestant, self.task.inputs, self.options.threads, trim=self.task.trim)

@@ -54,15 +54,7 @@ class Bench:
             "evaluation": f"{self.count} x {smollm.LENGTH} tokens, WikiText-2 validation, second half",
             "seconds": "ours: the call of sparsify; the peer: its whole process, which loads the model too",
         }
-        self.rows: dict[str, Json] = self._known() if options.resume else {}
-
-    def _known(self) -> dict[str, Json]:
-        """Rows of an interrupted run with the same settings; those with an error are measured again."""
-        path = harness.RESULTS / f"sparsity_llm{'_quick' if self.options.quick else ''}.json"
-        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"settings": {}}
-        if any(content["settings"].get(name) != value for name, value in self.settings.items()):
-            return {}
-        return {name: row for name, row in content["results"].items() if "error" not in row}
+        self.rows: dict[str, Json] = harness.known("sparsity_llm", self.settings, options)
 
     def _write(self, name: str, row: dict[str, Json]) -> None:
         """Keep a row: the file is complete after each one."""

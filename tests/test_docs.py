@@ -1,12 +1,13 @@
 """The documentation says what the committed measurements say, and names only files that exist."""
 
+import argparse
 import re
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from benchmarks import kernel_tables, tables
+from benchmarks import harness, kernel_tables, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md"])
@@ -34,3 +35,16 @@ def test_links_and_named_files_exist(path: Path) -> None:
     named = re.findall(r"`((?:docs|benchmarks|tests|examples|passes|fxcompress)/[\w./]*)`", text)
     missing = [t for t in links if not (path.parent / t).exists()] + [n for n in named if not (ROOT / n).exists()]
     assert not missing
+
+
+def test_rows_of_an_interrupted_run_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``--resume``: with the same settings, without rows that failed, and only when asked for."""
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    options = argparse.Namespace(quick=False, peers_only=False, threads=1, resume=True)
+    settings: dict[str, harness.Json] = {"samples": 2}
+    assert harness.known("claim", settings, options) == {}
+    harness.write("claim", {"a": {"s": 1.0}, "b": {"error": "no"}}, settings, options)
+    assert harness.known("claim", settings, options) == {"a": {"s": 1.0}}
+    assert harness.known("claim", {"samples": 3}, options) == {}
+    assert harness.known("claim", settings, argparse.Namespace(**vars(options) | {"resume": False})) == {}
+    assert harness.known("claim", settings, argparse.Namespace(**vars(options) | {"quick": True})) == {}
