@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         Rotate,
         SmoothQuant,
         Sparsify,
+        TuneScales,
     )
     from fxcompress.pipeline import Pipeline
     from fxcompress.prune.block_plan import BlockPlan, plan_block_removal
@@ -132,6 +133,7 @@ _HOMES = {
         "Rotate",
         "SmoothQuant",
         "Sparsify",
+        "TuneScales",
     ),
     "pipeline": ("Pipeline",),
     "prune.block_plan": ("BlockPlan", "plan_block_removal"),
@@ -211,6 +213,7 @@ __all__ = [
     "SparsityCallback",
     "SparsityMasks",
     "Target",
+    "TuneScales",
     "analyze_sensitivity",
     "apply_rules",
     "capture",

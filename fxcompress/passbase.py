@@ -64,6 +64,7 @@ class Context:
         loss: ``loss(output, batch) -> scalar``; None for cross-entropy against an integer label.
         scheme: How the target wants values quantized, or None for no target.
         verify: Compare outputs before and after each pass.
+        reference: The float program, for passes that compare with it; a pipeline takes the program it starts from.
     """
 
     calibration: Iterable[Any] | None = None
@@ -71,6 +72,7 @@ class Context:
     loss: Callable[[Any, Any], Tensor] | None = None
     scheme: QuantScheme | None = None
     verify: bool = True
+    reference: Program | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.calibration, Iterator):

@@ -77,6 +77,11 @@ class Pipeline(Pass):
                 fix = f"write {step.__name__}() for an instance" if is_class else "give instances of Pass"
                 raise UsageError(22, f"{step!r} is not a pass", where="passes", fix=fix)
 
+    @property
+    def writes_input(self) -> bool:
+        """True when one of the passes does."""
+        return any(p.writes_input for p in self.passes)
+
     def to_dict(self) -> dict[str, Any]:
         """Recipe entry with the entries of the passes; where to dump and what to call is no part of a recipe."""
         return {"name": self.name, "passes": [p.to_dict() for p in self.passes]}
@@ -111,6 +116,8 @@ class Pipeline(Pass):
         refusals: list[Refusal] = []
         if self.first == 0:
             self._dump(0, "capture", program, None)
+        if context.reference is None:
+            context = dataclasses.replace(context, reference=program)
         for number, step in enumerate(self.passes, 1):
             try:
                 result = step(program, context, outputs)
@@ -123,6 +130,8 @@ class Pipeline(Pass):
             self._observe(records[-1])
             self._dump(self.first + number, step.name, result.program, program)
             program, outputs = result.program, result.outputs
+            if step.writes_input:  # its tensors are no longer the float ones
+                context = dataclasses.replace(context, reference=None)
         return Result(
             program if records else program.clone(),
             changes=[c for r in records for c in r.changes],

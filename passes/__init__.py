@@ -26,6 +26,7 @@ from fxcompress.passes.remove_blocks import RemoveBlocks
 from fxcompress.passes.rotate import Rotate
 from fxcompress.passes.smooth_quant import SmoothQuant
 from fxcompress.passes.sparsify import Sparsify
+from fxcompress.passes.tune_scales import TuneScales
 
 __all__ = [
     "AdaRound",
@@ -45,4 +46,5 @@ __all__ = [
     "Rotate",
     "SmoothQuant",
     "Sparsify",
+    "TuneScales",
 ]

@@ -1,0 +1,165 @@
+"""TuneScales: trains the scales of rounded weights end to end, without labels; the integers stay."""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fxcompress.data import CalibrationData
+from fxcompress.errors import PassError, UsageError
+from fxcompress.ir import Program
+from fxcompress.layers import Fused
+from fxcompress.passbase import Context, Pass, Result
+from fxcompress.quant.fake_quantize import FakeQuantize
+from fxcompress.quant.layer_weights import as_globs
+from fxcompress.quant.scale_tuning import Divergence, RoundedWeight, ScaleTuning, TuningOptions
+
+__all__ = ["TuneScales"]
+
+
+@dataclass(frozen=True)
+class TuneScales(Pass):
+    """Train the scales of rounded weights so that the program's outputs are those of the float program.
+
+    Run it behind `QuantizeWeights`, or behind `QuantizeDynamic` or `QuantizeStatic` and `AdaRound`. Every weight keeps its
+    integers, so size and speed stay; only their scales move, all together, by back-propagation through the whole program
+    (Chen et al., "EfficientQAT", 2024, section 3.3, with the float program as teacher). Of eight calibration batches one is
+    not trained on; scales are put only if they bring the outputs nearer to the float program's there.
+
+    The float program is the one that the pipeline, or ``compile``, begins to quantize, so a pass with ``in_place=True`` may
+    not come before. Memory: float weights, rounded weights, and the activations of one batch.
+
+    Attributes:
+        samples: Calibration samples to use at most (whole batches; a batch is one step).
+        epochs: Times that all of them are gone through.
+        learning_rate: Relative change of a scale in one step, at most.
+        loss: What is made small: ``kl``, the Kullback-Leibler divergence of the softmax over the last dimension, for
+            logits; ``mse``, the squared error over the mean square, for other outputs.
+        include: Globs over layer names: only these.
+        ignore: Globs over layer names whose scales stay.
+        seed: Of the order of the batches, and which are not trained on.
+        progress: Show a progress bar with the time left on stderr.
+
+    Raises:
+        UsageError: an option is unknown or out of range.
+    """
+
+    exact: ClassVar[bool] = False
+    samples: int = 128
+    epochs: int = 2
+    learning_rate: float = 1e-3
+    loss: Divergence = "kl"
+    include: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    seed: int = 0
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("include", "ignore"):
+            object.__setattr__(self, name, as_globs(getattr(self, name)))
+        if self.samples < 1 or self.epochs < 1:
+            what = f"samples={self.samples}, epochs={self.epochs}: nothing to train with"
+            raise UsageError(547, what, fix="give 1 or more")
+        if not 0 < self.learning_rate <= 0.1:
+            what = f"learning_rate={self.learning_rate}: not above 0 and at most 0.1"
+            raise UsageError(548, what, why="it is the relative change of a scale in a step", fix="use 0.001")
+        if self.loss not in ("kl", "mse"):
+            raise UsageError(549, f"loss={self.loss!r}: not known", fix="kl for logits, mse for other outputs")
+
+    def requires(self, program: Program, context: Context) -> None:
+        """Needs calibration data, the float program, weights with grids and an output with gradients."""
+        if context.calibration is None:
+            raise PassError(343, f"{self.name} needs calibration data", fix="pass calibration=loader")
+        if not _rounded(program):
+            fix = "put QuantizeWeights() or another quantizing pass in front"
+            raise PassError(344, f"{self.name} finds no rounded weight", fix=fix)
+        reference = context.reference
+        if reference is None or _rounded(reference):
+            why = "a pass with in_place=True wrote over the float weights, or it runs outside of the pipeline that rounded them"
+            fix = "use in_place=False, in one pipeline with this pass; or pass Context(reference=float_program)"
+            raise PassError(345, f"{self.name} needs the float program", why=why, fix=fix)
+        values = [n.meta.get("val") for n in program.outputs() if isinstance(n, Node)]
+        if not any(isinstance(v, Tensor) and v.is_floating_point() for v in values):
+            raise PassError(346, f"{self.name} finds no float output to compare", fix="leave the pass out")
+
+    def run(self, program: Program, context: Context) -> Result:
+        """Train, and put the scales when they are better."""
+        result = Result(program)
+        weights = self._weights(program, result.notes)
+        if not weights:
+            return result
+        given = cast(Any, context.calibration)
+        data = given if isinstance(given, CalibrationData) else CalibrationData(given)
+        calls = list(data.calls(program, self.samples))
+        options = TuningOptions(self.epochs, self.learning_rate, self.loss, self.seed, self.progress)
+        job = ScaleTuning(program, cast(Program, context.reference), weights, calls, options)
+        better = job.run()
+        result.notes += [*job.notes, *data.notes(self.samples)]
+        if not job.held_out:
+            result.notes.append(f"{self.name}: {len(calls)} batches are too few to keep one back to judge by")
+        if better:
+            result.changes = [f"tuned the scales of {weight.name}" for weight in weights]
+        else:
+            result.notes.append(f"the scales stay: training did not lower the divergence of {job.before:.3g}")
+        result.metrics = {"weights": len(weights), "divergence_before": job.before, "divergence_after": job.after}
+        return result
+
+    def _weights(self, program: Program, notes: list[str]) -> list[RoundedWeight]:
+        """What to train, one entry a tensor; a line for each one that is left alone."""
+        kept = []
+        for weight in _rounded(program):
+            if not self._wanted(weight.name):
+                continue
+            reason = _problem(program, weight)
+            if reason:
+                notes.append(f"{weight.name} keeps its scales: {reason}")
+            else:
+                kept.append(weight)
+        return kept
+
+    def _wanted(self, name: str) -> bool:
+        included = not self.include or any(fnmatch.fnmatchcase(name, glob) for glob in self.include)
+        return included and not any(fnmatch.fnmatchcase(name, glob) for glob in self.ignore)
+
+
+def _rounded(program: Program) -> list[RoundedWeight]:
+    """Every weight behind a frozen quantizer."""
+    found: dict[int, RoundedWeight] = {}
+    for node, module in program.layers():
+        if isinstance(module, Fused) and type(module.weight_fake_quantize) is FakeQuantize:
+            name, holder = str(node.target), (str(node.target), "weight")
+            weight, quantizer = module.weight, f"{node.target}.weight_fake_quantize"
+        elif type(module) is FakeQuantize and cast(Node, node.args[0]).op == "get_attr":
+            source = cast(Node, node.args[0])
+            path, _, attribute = str(source.target).rpartition(".")
+            name, holder = str(source.target), (path, attribute)
+            weight, quantizer = program.tensor(source), str(node.target)
+        else:
+            continue
+        entry = found.setdefault(weight.data_ptr(), RoundedWeight(name, weight))
+        entry.holders += [holder] if holder not in entry.holders else []
+        entry.quantizers += [quantizer] if quantizer not in entry.quantizers else []
+    return list(found.values())
+
+
+def _problem(program: Program, weight: RoundedWeight) -> str:
+    """Why the scales of a weight cannot be trained; empty when they can."""
+    first, *others = (cast(FakeQuantize, program.gm.get_submodule(path)) for path in weight.quantizers)
+    if any(q.observer is not None for q in (first, *others)):
+        return "its range is still observed"
+    for other in others:
+        same = other.spec == first.spec and torch.equal(other.scale, first.scale)
+        if not (same and torch.equal(other.zero_point, first.zero_point)):
+            return "it is shared on different grids"
+    paths = {f"{path}.{name}" if path else name for path, name in weight.holders}
+    for node in program.graph.nodes:
+        if node.op == "get_attr" and str(node.target) in paths:
+            readers = [u for u in node.users if u.op != "call_module" or type(program.module(u)) is not FakeQuantize]
+            if readers:
+                return f"{readers[0].name} reads it in float"
+    return ""
