@@ -53,19 +53,26 @@ def recipes(samples: int) -> dict[str, list[dict[str, Any]]]:
     smooth = {"name": "SmoothQuant", "alpha": "auto", "activations": "token", "samples": samples, "ignore": ["lm_head"]}
     rows = {"name": "QuantizeWeights", "bits": 8, "method": "gptq", "ignore": ["lm_head"], **data}
     dynamic = {"name": "QuantizeDynamic", "ignore": ["lm_head"]}
-    best = {**grid, **data, "method": "awq+gptq"}
+    both = {**grid, **data, "method": "awq+gptq"}
+    tune = {"name": "TuneScales", "samples": samples}
+    kept = {**both, "in_place": False}  # the float weights teach
     return {
         "float32": [],
         "RTN": [{**grid, "calibrator": "minmax"}],
         "GPTQ": [{**grid, **data, "method": "gptq"}],
         "AWQ": [{**grid, **data, "method": "awq"}],
-        "best": [{"name": "Rotate"}, best],
+        "Rotate, AWQ, GPTQ": [{"name": "Rotate"}, both],
+        "RTN, TuneScales": [{**grid, "calibrator": "minmax"}, tune],
+        "best": [{"name": "Rotate"}, kept, tune],
         "RTN, asymmetric": [{**grid, "calibrator": "minmax", "symmetric": False}],
         "GPTQ, asymmetric": [{**grid, **data, "method": "gptq", "symmetric": False}],
         "AWQ, asymmetric": [{**grid, **data, "method": "awq", "symmetric": False}],
         "GPTQ, 3 bits": [{**grid, **data, "method": "gptq", "bits": 3}],
+        "best, 3 bits": [{"name": "Rotate"}, {**kept, "bits": 3}, tune],
         "W8A8": [dynamic],
+        "W8A8, TuneScales": [dynamic, tune],
         "SmoothQuant, W8A8": [smooth, dynamic],
+        "SmoothQuant, W8A8, TuneScales": [smooth, dynamic, tune],
         "GPTQ, W8A8": [rows, dynamic],
         "SmoothQuant, GPTQ, W8A8": [smooth, rows, dynamic],
     }

@@ -32,8 +32,7 @@ def compressed(model: Any, recipe: list[dict[str, Any]], calibration: Tensor) ->
         model, (), {"input_ids": calibration[:2, :32]}, dynamic_shapes={"input_ids": {0: auto, 1: auto}}
     )
     context = fxc.Context(calibration=[{"input_ids": row[None]} for row in calibration], verify=False)
-    for entry in recipe:
-        program = Pass.from_dict(entry)(program, context).program
+    program = fxc.Pipeline(tuple(Pass.from_dict(entry) for entry in recipe))(program, context).program
     program.gm.eval()
     return program
 

@@ -38,8 +38,8 @@ class TuneScales(Pass):
         samples: Calibration samples to use at most (whole batches; a batch is one step).
         epochs: Times that all of them are gone through.
         learning_rate: Relative change of a scale in one step, at most.
-        loss: What is made small: ``kl``, the Kullback-Leibler divergence of the softmax over the last dimension, for
-            logits; ``mse``, the squared error over the mean square, for other outputs.
+        loss: What is made small: ``kl``, the Kullback-Leibler divergence of the softmax over the last dimension of the
+            first output, for logits; ``mse``, the squared error over the mean square, over all outputs, for others.
         include: Globs over layer names: only these.
         ignore: Globs over layer names whose scales stay.
         seed: Of the order of the batches, and which are not trained on.
@@ -52,7 +52,7 @@ class TuneScales(Pass):
     exact: ClassVar[bool] = False
     samples: int = 128
     epochs: int = 2
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     loss: Divergence = "kl"
     include: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
@@ -67,7 +67,7 @@ class TuneScales(Pass):
             raise UsageError(547, what, fix="give 1 or more")
         if not 0 < self.learning_rate <= 0.1:
             what = f"learning_rate={self.learning_rate}: not above 0 and at most 0.1"
-            raise UsageError(548, what, why="it is the relative change of a scale in a step", fix="use 0.001")
+            raise UsageError(548, what, why="it is the relative change of a scale in a step", fix="use 0.0003")
         if self.loss not in ("kl", "mse"):
             raise UsageError(549, f"loss={self.loss!r}: not known", fix="kl for logits, mse for other outputs")
 

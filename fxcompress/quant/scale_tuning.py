@@ -33,25 +33,25 @@ _WARM_UP = 0.1
 
 
 def divergence(got: Sequence[Any], want: Sequence[Any], kind: Divergence) -> Tensor:
-    """How far outputs are from those of the float program, averaged over the outputs that are float tensors.
+    """How far outputs are from those of the float program.
 
     Args:
-        got: Flat outputs.
+        got: Flat outputs; what is no float tensor does not count.
         want: Those of the float program, of the same shapes.
-        kind: ``kl``: ``KL(softmax(want) || softmax(got))`` in nat over the last dimension, the mean over all others;
-            ``mse``: mean squared error over the mean square of ``want``.
+        kind: ``kl``: ``KL(softmax(want) || softmax(got))`` in nat over the last dimension, the mean over all others, of
+            the first output (logits; a cache may follow); ``mse``: mean squared error over the mean square of ``want``,
+            the mean over the outputs.
     """
-    found = []
-    for a, b in zip(got, want, strict=True):
-        if not (isinstance(a, Tensor) and a.is_floating_point()):
-            continue
-        a, b = a.float(), b.float()
-        if kind == "kl":
-            ours, theirs = (t.reshape(-1, t.shape[-1]).log_softmax(-1) for t in (a, b))
-            found.append(F.kl_div(ours, theirs, log_target=True, reduction="batchmean"))
-        else:
-            found.append((a - b).square().mean() / b.square().mean().clamp(min=1e-30))
-    return torch.stack(found).mean()
+    pairs = [
+        (a.float(), b.float())
+        for a, b in zip(got, want, strict=True)
+        if isinstance(a, Tensor) and a.is_floating_point()
+    ]
+    if kind == "kl":
+        ours, theirs = (t.reshape(-1, t.shape[-1]).log_softmax(-1) for t in pairs[0])
+        return F.kl_div(ours, theirs, log_target=True, reduction="batchmean")
+    errors = [(a - b).square().mean() / b.square().mean().clamp(min=1e-30) for a, b in pairs]
+    return torch.stack(errors).mean()
 
 
 def rows_of(weight: Tensor, spec: QuantSpec) -> Tensor:
@@ -108,7 +108,7 @@ class TuningOptions:
     """
 
     epochs: int = 2
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     loss: Divergence = "kl"
     seed: int = 0
     progress: bool = False

@@ -55,6 +55,8 @@ def test_divergence_is_the_published_formula() -> None:
     assert float(divergence([got], [want], "mse")) == pytest.approx(mse, rel=1e-5)
     both = divergence([got, torch.tensor(3), want, None], [want, torch.tensor(5), want, None], "mse")
     assert float(both) == pytest.approx(mse / 2, rel=1e-5), "other outputs do not count"
+    first = divergence([torch.tensor(3), got, want], [torch.tensor(5), want, got], "kl")
+    assert float(first) == pytest.approx(total / 12, rel=1e-5), "logits come first, a cache may follow"
 
 
 def test_gradient_of_the_scale() -> None:
