@@ -18,6 +18,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -240,6 +241,16 @@ class evaluating:
     def __exit__(self, *exc: object) -> None:
         for module, mode in self._modes:
             module.training = mode
+
+
+@contextmanager
+def differentiating(module: nn.Module) -> Iterator[None]:
+    """Context manager: a module in eval mode, with gradients; modes are restored on exit."""
+    recurrent = any(isinstance(m, nn.RNNBase) for m in module.modules())
+    # cuDNN differentiates recurrent layers in training mode only.
+    cudnn = torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled and not recurrent)
+    with torch.inference_mode(False), torch.enable_grad(), evaluating(module), cudnn:
+        yield
 
 
 def clone_tree(module: nn.Module, memo: dict[int, nn.Module] | None = None) -> nn.Module:

@@ -64,7 +64,8 @@ class Context:
         loss: ``loss(output, batch) -> scalar``; None for cross-entropy against an integer label.
         scheme: How the target wants values quantized, or None for no target.
         verify: Compare outputs before and after each pass.
-        reference: The float program, for passes that compare with it; a pipeline takes the program it starts from.
+        reference: The float program, for passes that compare with it. Without one a pipeline gives its passes the last of
+            its programs that had no quantizers yet.
     """
 
     calibration: Iterable[Any] | None = None

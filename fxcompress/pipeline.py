@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from fxcompress.errors import FxcError, PassError, UsageError
 from fxcompress.ir import Program
 from fxcompress.passbase import Context, Pass, Refusal, Result, output_error
+from fxcompress.quant.fake_quantize import QUANTIZERS
 
 __all__ = ["Pipeline", "StepRecord", "as_pipeline", "precision_of"]
 
@@ -116,11 +117,10 @@ class Pipeline(Pass):
         refusals: list[Refusal] = []
         if self.first == 0:
             self._dump(0, "capture", program, None)
-        if context.reference is None:
-            context = dataclasses.replace(context, reference=program)
+        floats = _FloatProgram(context)
         for number, step in enumerate(self.passes, 1):
             try:
-                result = step(program, context, outputs)
+                result = step(program, floats.before(program), outputs)
             except FxcError as error:
                 done = ", ".join(r.name for r in records) or "none"
                 error.add_note(f"  in pass {number} of {len(self.passes)}, {step.name}; passes before it: {done}")
@@ -129,9 +129,8 @@ class Pipeline(Pass):
             refusals += result.refusals
             self._observe(records[-1])
             self._dump(self.first + number, step.name, result.program, program)
+            floats.behind(step, program)
             program, outputs = result.program, result.outputs
-            if step.writes_input:  # its tensors are no longer the float ones
-                context = dataclasses.replace(context, reference=None)
         return Result(
             program if records else program.clone(),
             changes=[c for r in records for c in r.changes],
@@ -161,9 +160,11 @@ class Pipeline(Pass):
         return self._bisect(program, good, dataclasses.replace(context or Context(), verify=False))
 
     def _bisect(self, program: Program, good: Callable[[Program], bool], context: Context) -> Pass | None:
-        stages = [program]
+        stages, contexts, floats = [program], [], _FloatProgram(context)
         for step in self.passes:
-            stages.append(step(stages[-1], context).program)
+            contexts.append(floats.before(stages[-1]))
+            stages.append(step(stages[-1], contexts[-1]).program)
+            floats.behind(step, stages[-2])
         if good(stages[-1]):
             return None
         low, high = 0, len(stages) - 1
@@ -171,7 +172,7 @@ class Pipeline(Pass):
             middle = (low + high) // 2
             low, high = (middle, high) if good(stages[middle]) else (low, middle)
         step = self.passes[low]
-        return step._bisect(stages[low], good, context) if isinstance(step, Pipeline) else step
+        return step._bisect(stages[low], good, contexts[low]) if isinstance(step, Pipeline) else step
 
     def _observe(self, record: StepRecord) -> None:
         _log.info("%s", record)
@@ -190,6 +191,34 @@ class Pipeline(Pass):
                 path.with_suffix(".diff").write_text(_diff(before.text(), text), encoding="utf-8")
         except OSError as error:
             raise UsageError(23, "the program cannot be dumped", where=str(path), why=str(error)) from error
+
+
+class _FloatProgram:
+    """What the passes of a pipeline find as ``Context.reference``.
+
+    Args:
+        context: Of the pipeline; a reference that it names is the one, as long as no pass writes over its tensors.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.given = context.reference is not None
+
+    def before(self, program: Program) -> Context:
+        """The context of a pass that takes ``program``."""
+        if not self.given and not any(isinstance(m, QUANTIZERS) for m in program.gm.modules()):
+            self.context = dataclasses.replace(self.context, reference=program)
+        return self.context
+
+    def behind(self, step: Pass, program: Program) -> None:
+        """``step`` is done with ``program``."""
+        reference = self.context.reference
+        if step.writes_input and reference is not None and _storages(reference) & _storages(program):
+            self.context = dataclasses.replace(self.context, reference=None)
+
+
+def _storages(program: Program) -> set[int]:
+    return {p.untyped_storage().data_ptr() for p in program.gm.parameters()}
 
 
 def _diff(before: str, after: str) -> str:

@@ -118,7 +118,9 @@ class AdaRound(Pass):
             reason = _unusable(analysis, node, module)
             if reason:
                 notes.append(f"{node.target} keeps its rounding: {reason}")
-            elif not _on_grid(cast(Fused, module)):
+            elif _on_grid(cast(Fused, module)):
+                notes.append(f"{node.target} keeps its rounding: its weights lie on the grid already")
+            else:
                 nodes.append(node)
         return nodes, notes
 

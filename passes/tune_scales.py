@@ -13,11 +13,12 @@ from torch.fx import Node
 from fxcompress.data import CalibrationData
 from fxcompress.errors import PassError, UsageError
 from fxcompress.ir import Program
-from fxcompress.layers import Fused
 from fxcompress.passbase import Context, Pass, Result
 from fxcompress.quant.fake_quantize import FakeQuantize
-from fxcompress.quant.layer_weights import as_globs
+from fxcompress.quant.layer_weights import as_globs, has_quantizer, weight_quantizer
+from fxcompress.quant.placement import layer_kind, layer_name
 from fxcompress.quant.scale_tuning import Divergence, RoundedWeight, ScaleTuning, TuningOptions
+from fxcompress.sizes import fixed_size
 
 __all__ = ["TuneScales"]
 
@@ -31,8 +32,9 @@ class TuneScales(Pass):
     (Chen et al., "EfficientQAT", 2024, section 3.3, with the float program as teacher). Of eight calibration batches one is
     not trained on; scales are put only if they bring the outputs nearer to the float program's there.
 
-    The float program is the one that the pipeline, or ``compile``, begins to quantize, so a pass with ``in_place=True`` may
-    not come before. Memory: float weights, rounded weights, and the activations of one batch.
+    The float program is ``Context.reference``, or the last one of the pipeline (or of ``compile``) without quantizers; a
+    quantizing pass with ``in_place=True`` in front writes over it. Memory: the float weights, the rounded ones, those of
+    the training step, their integers, and the activations of one batch.
 
     Attributes:
         samples: Calibration samples to use at most (whole batches; a batch is one step).
@@ -72,7 +74,7 @@ class TuneScales(Pass):
             raise UsageError(549, f"loss={self.loss!r}: not known", fix="kl for logits, mse for other outputs")
 
     def requires(self, program: Program, context: Context) -> None:
-        """Needs calibration data, the float program, weights with grids and an output with gradients."""
+        """Needs calibration data, the float program, weights with grids and a float output."""
         if context.calibration is None:
             raise PassError(343, f"{self.name} needs calibration data", fix="pass calibration=loader")
         if not _rounded(program):
@@ -80,12 +82,16 @@ class TuneScales(Pass):
             raise PassError(344, f"{self.name} finds no rounded weight", fix=fix)
         reference = context.reference
         if reference is None or _rounded(reference):
-            why = "a pass with in_place=True wrote over the float weights, or it runs outside of the pipeline that rounded them"
+            why = "a pass with in_place=True wrote over it, or this pass runs outside of the pipeline that rounded the weights"
             fix = "use in_place=False, in one pipeline with this pass; or pass Context(reference=float_program)"
             raise PassError(345, f"{self.name} needs the float program", why=why, fix=fix)
         values = [n.meta.get("val") for n in program.outputs() if isinstance(n, Node)]
-        if not any(isinstance(v, Tensor) and v.is_floating_point() for v in values):
-            raise PassError(346, f"{self.name} finds no float output to compare", fix="leave the pass out")
+        first = next((v for v in values if isinstance(v, Tensor) and v.is_floating_point()), None)
+        if first is None:
+            raise PassError(347, f"{self.name} finds no float output to compare", fix="leave the pass out")
+        if self.loss == "kl" and (first.dim() == 0 or fixed_size(first.shape[-1]) == 1):
+            what = f"{self.name}: an output of shape {list(first.shape)} holds no logits"
+            raise PassError(348, what, why="loss='kl' compares classes in the last dimension", fix="use loss='mse'")
 
     def run(self, program: Program, context: Context) -> Result:
         """Train, and put the scales when they are better."""
@@ -97,13 +103,14 @@ class TuneScales(Pass):
         data = given if isinstance(given, CalibrationData) else CalibrationData(given)
         calls = list(data.calls(program, self.samples))
         options = TuningOptions(self.epochs, self.learning_rate, self.loss, self.seed, self.progress)
-        job = ScaleTuning(program, cast(Program, context.reference), weights, calls, options)
-        better = job.run()
+        with torch.inference_mode(False):
+            job = ScaleTuning(program, cast(Program, context.reference), weights, calls, options)
+            better = job.run()
         result.notes += [*job.notes, *data.notes(self.samples)]
         if not job.held_out:
             result.notes.append(f"{self.name}: {len(calls)} batches are too few to keep one back to judge by")
         if better:
-            result.changes = [f"tuned the scales of {weight.name}" for weight in weights]
+            result.changes = [f"tuned the scales of {', '.join(weight.names)}" for weight in weights]
         else:
             result.notes.append(f"the scales stay: training did not lower the divergence of {job.before:.3g}")
         result.metrics = {"weights": len(weights), "divergence_before": job.before, "divergence_after": job.after}
@@ -113,42 +120,52 @@ class TuneScales(Pass):
         """What to train, one entry a tensor; a line for each one that is left alone."""
         kept = []
         for weight in _rounded(program):
-            if not self._wanted(weight.name):
+            if not self._wanted(weight.names):
                 continue
             reason = _problem(program, weight)
             if reason:
-                notes.append(f"{weight.name} keeps its scales: {reason}")
+                notes.append(f"{', '.join(weight.names)} keeps its scales: {reason}")
             else:
                 kept.append(weight)
+        if not kept and not notes:
+            notes.append(f"the scales stay: include={self.include} and ignore={self.ignore} leave no rounded weight")
         return kept
 
-    def _wanted(self, name: str) -> bool:
-        included = not self.include or any(fnmatch.fnmatchcase(name, glob) for glob in self.include)
-        return included and not any(fnmatch.fnmatchcase(name, glob) for glob in self.ignore)
+    def _wanted(self, names: list[str]) -> bool:
+        """Whether a weight is asked for: one of its layers is, and none is ignored."""
+        included = not self.include or any(fnmatch.fnmatchcase(n, glob) for n in names for glob in self.include)
+        return included and not any(fnmatch.fnmatchcase(n, glob) for n in names for glob in self.ignore)
 
 
 def _rounded(program: Program) -> list[RoundedWeight]:
-    """Every weight behind a frozen quantizer."""
+    """Every weight behind a quantizer, with all its layers."""
     found: dict[int, RoundedWeight] = {}
-    for node, module in program.layers():
-        if isinstance(module, Fused) and type(module.weight_fake_quantize) is FakeQuantize:
-            name, holder = str(node.target), (str(node.target), "weight")
-            weight, quantizer = module.weight, f"{node.target}.weight_fake_quantize"
-        elif type(module) is FakeQuantize and cast(Node, node.args[0]).op == "get_attr":
-            source = cast(Node, node.args[0])
-            path, _, attribute = str(source.target).rpartition(".")
-            name, holder = str(source.target), (path, attribute)
-            weight, quantizer = program.tensor(source), str(node.target)
-        else:
+    for node in program.graph.nodes:
+        if layer_kind(program, node) is None or not has_quantizer(program, node):
             continue
-        entry = found.setdefault(weight.data_ptr(), RoundedWeight(name, weight))
-        entry.holders += [holder] if holder not in entry.holders else []
-        entry.quantizers += [quantizer] if quantizer not in entry.quantizers else []
+        quantizer = weight_quantizer(program, node)
+        source = node if node.op == "call_module" else cast(Node, cast(Node, node.args[1]).args[0])
+        if type(quantizer) is not FakeQuantize or (source is not node and source.op != "get_attr"):
+            continue
+        if source is node:
+            weight, holder = cast(Tensor, program.module(node).weight), (str(node.target), "weight")
+            path = f"{node.target}.weight_fake_quantize"
+        else:
+            module, _, name = str(source.target).rpartition(".")
+            weight, holder = program.tensor(source), (module, name)
+            path = str(cast(Node, node.args[1]).target)
+        entry = found.setdefault(weight.data_ptr(), RoundedWeight([], weight))
+        for known, new in ((entry.names, layer_name(node)), (entry.holders, holder), (entry.quantizers, path)):
+            if new not in known:
+                cast("list[Any]", known).append(new)
     return list(found.values())
 
 
 def _problem(program: Program, weight: RoundedWeight) -> str:
-    """Why the scales of a weight cannot be trained; empty when they can."""
+    """Why the scales of a weight cannot be trained; empty when they can.
+
+    A quantizer of a constant may be one of activations, too: those of a concat share one.
+    """
     first, *others = (cast(FakeQuantize, program.gm.get_submodule(path)) for path in weight.quantizers)
     if any(q.observer is not None for q in (first, *others)):
         return "its range is still observed"
@@ -156,10 +173,17 @@ def _problem(program: Program, weight: RoundedWeight) -> str:
         same = other.spec == first.spec and torch.equal(other.scale, first.scale)
         if not (same and torch.equal(other.zero_point, first.zero_point)):
             return "it is shared on different grids"
-    paths = {f"{path}.{name}" if path else name for path, name in weight.holders}
+    weights = {f"{path}.{name}" if path else name for path, name in weight.holders}
     for node in program.graph.nodes:
-        if node.op == "get_attr" and str(node.target) in paths:
-            readers = [u for u in node.users if u.op != "call_module" or type(program.module(u)) is not FakeQuantize]
-            if readers:
-                return f"{readers[0].name} reads it in float"
+        if node.op == "get_attr" and str(node.target) in weights:
+            readers = [u for u in node.users if str(u.target) not in weight.quantizers]
+        elif node.op == "call_module" and str(node.target) in weight.quantizers:
+            own = cast(Node, node.args[0]).op == "get_attr" and str(cast(Node, node.args[0]).target) in weights
+            readers = (
+                [u for u in node.users if layer_kind(program, u) is None or u.args[1] is not node] if own else [node]
+            )
+        else:
+            continue
+        if readers:
+            return f"{readers[0].name} has a use of its own for it or its grid"
     return ""

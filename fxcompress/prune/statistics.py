@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from fxcompress.data import CalibrationData, all_finite, as_call
 from fxcompress.errors import PruneError
-from fxcompress.ir import Program, evaluating
+from fxcompress.ir import Program, differentiating, evaluating
 from fxcompress.layers import ACTIVATIONS, TransposedLinear
 
 __all__ = ["Loss", "default_loss", "dense", "gradients", "map_sources", "parameter_names", "visit_maps"]
@@ -113,13 +113,10 @@ def dense(gradient: Tensor) -> Tensor:
 def _differentiable(program: Program, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Eval mode with gradients for ``parameters``; modes and ``requires_grad`` are restored."""
     flags = [p.requires_grad for p in parameters]
-    recurrent = any(isinstance(m, nn.RNNBase) for m in program.gm.modules())
-    # cuDNN differentiates recurrent layers in training mode only.
-    cudnn = torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled and not recurrent)
     try:
         for parameter in parameters:
             parameter.requires_grad_(True)
-        with torch.inference_mode(False), torch.enable_grad(), evaluating(program.gm), cudnn:
+        with differentiating(program.gm):
             yield
     finally:
         for parameter, flag in zip(parameters, flags, strict=True):

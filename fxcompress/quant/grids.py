@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fxcompress.quant.fake_quantize import FakeQuantize
 from fxcompress.quant.rounding_options import RangeChoice
-from fxcompress.quant.spec import QuantSpec, solve
+from fxcompress.quant.spec import QuantSpec, solve, stored_scale
 from fxcompress.quant.weights import weight_range
 
 __all__ = ["RowGrid", "rounded", "row_grid"]
@@ -87,9 +87,7 @@ def row_grid(
     else:
         low, high = weight_range(groups, flat, "minmax" if method == "minmax" else "mse")
     scale, zero_point = (t.float().reshape(rows.shape[0], -1) for t in solve(low, high, spec))
-    if dtype in (torch.float16, torch.bfloat16):
-        scale = scale.to(dtype).clamp(min=torch.finfo(dtype).tiny).float()
-    return RowGrid(dataclasses.replace(spec, axis=0), scale, zero_point)
+    return RowGrid(dataclasses.replace(spec, axis=0), stored_scale(scale, dtype), zero_point)
 
 
 def _blocks(moments: Tensor, size: int) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fxcompress.quant.grids import RowGrid, rounded, row_grid
-from fxcompress.quant.spec import SCALE_FLOOR, QuantSpec
+from fxcompress.quant.spec import SCALE_FLOOR, QuantSpec, stored_scale
 
 __all__ = ["hqq_grid"]
 
@@ -29,10 +29,8 @@ def hqq_grid(rows: Tensor, spec: QuantSpec, dtype: torch.dtype | None = None) ->
     scale, zero = start.scale.reshape(-1, 1).clone(), start.zero_point.reshape(-1, 1).clone()
     for part in torch.arange(len(groups)).split(max(1, _CHUNK // groups.shape[1])):
         scale[part], zero[part] = _fitted(groups[part], scale[part], zero[part], spec)
-    if dtype in (torch.float16, torch.bfloat16):
-        scale = scale.to(dtype).clamp(min=torch.finfo(dtype).tiny).float()
     shape = start.scale.shape
-    return dataclasses.replace(start, scale=scale.reshape(shape), zero_point=zero.reshape(shape))
+    return dataclasses.replace(start, scale=stored_scale(scale, dtype).reshape(shape), zero_point=zero.reshape(shape))
 
 
 def _fitted(values: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:

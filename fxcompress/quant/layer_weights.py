@@ -7,7 +7,6 @@ import fnmatch
 from collections.abc import Sequence
 from typing import Literal, cast
 
-import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
@@ -19,7 +18,7 @@ from fxcompress.quant.fake_quantize import FakeQuantize, grouped
 from fxcompress.quant.insertion import add_quantizer
 from fxcompress.quant.observers import weight_range
 from fxcompress.quant.placement import layer_kind, layer_name, weight_axis
-from fxcompress.quant.spec import QuantSpec
+from fxcompress.quant.spec import QuantSpec, stored_scale
 from fxcompress.rewrite import put_layer
 
 __all__ = [
@@ -143,14 +142,8 @@ def make_quantizer(weight: Tensor, spec: QuantSpec, method: Method) -> FakeQuant
         rows, channels = grouped(weight, spec), weight.shape[cast(int, spec.axis)]
         flat = dataclasses.replace(spec, axis=0, group_size=None)
         quantizer.set_range(*(end.reshape(channels, -1) for end in weight_range(rows, flat, method)))
-    if weight.dtype in (torch.float16, torch.bfloat16):
-        quantizer.scale = _rounded(quantizer.scale, weight.dtype)
+    quantizer.scale = stored_scale(quantizer.scale, weight.dtype)
     return quantizer
-
-
-def _rounded(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    tiny = torch.finfo(dtype).tiny
-    return scale.to(dtype).clamp(min=tiny).float()
 
 
 def quantize_weight(program: Program, node: Node, spec: QuantSpec, method: Method) -> None:

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxcompress.data import Call
-from fxcompress.ir import Program, evaluating
+from fxcompress.errors import PassError
+from fxcompress.ir import Program, differentiating, evaluating
 from fxcompress.progress import progress_bar
 from fxcompress.quant.fake_quantize import DynamicFakeQuantize, FakeQuantize, grouped, ungrouped
-from fxcompress.quant.spec import QuantSpec
+from fxcompress.quant.spec import QuantSpec, stored_scale
 
 __all__ = ["Divergence", "RoundedWeight", "ScaleTuning", "TuningOptions", "divergence", "rows_of"]
 
@@ -36,22 +37,25 @@ def divergence(got: Sequence[Any], want: Sequence[Any], kind: Divergence) -> Ten
     """How far outputs are from those of the float program.
 
     Args:
-        got: Flat outputs; what is no float tensor does not count.
+        got: Flat outputs; what is no float tensor, or empty, does not count.
         want: Those of the float program, of the same shapes.
         kind: ``kl``: ``KL(softmax(want) || softmax(got))`` in nat over the last dimension, the mean over all others, of
             the first output (logits; a cache may follow); ``mse``: mean squared error over the mean square of ``want``,
             the mean over the outputs.
     """
-    pairs = [
-        (a.float(), b.float())
-        for a, b in zip(got, want, strict=True)
-        if isinstance(a, Tensor) and a.is_floating_point()
-    ]
+    pairs = [(a.float(), b.float()) for a, b in zip(got, want, strict=True) if _counts(a)]
     if kind == "kl":
         ours, theirs = (t.reshape(-1, t.shape[-1]).log_softmax(-1) for t in pairs[0])
-        return F.kl_div(ours, theirs, log_target=True, reduction="batchmean")
+        if not bool(theirs.isneginf().any()):
+            return F.kl_div(ours, theirs, log_target=True, reduction="batchmean")
+        each = F.kl_div(ours, theirs, log_target=True, reduction="none")
+        return each.masked_fill(theirs.isneginf(), 0.0).sum() / len(ours)  # classes that are masked: 0 log 0 = 0
     errors = [(a - b).square().mean() / b.square().mean().clamp(min=1e-30) for a, b in pairs]
     return torch.stack(errors).mean()
+
+
+def _counts(output: Any) -> bool:
+    return isinstance(output, Tensor) and output.is_floating_point() and output.numel() > 0
 
 
 def rows_of(weight: Tensor, spec: QuantSpec) -> Tensor:
@@ -71,13 +75,13 @@ class RoundedWeight:
     """A weight on a grid, with everything that reads it.
 
     Attributes:
-        name: Of its layer.
+        names: Of its layers.
         weight: The tensor.
         holders: Module path and attribute of every place that holds it.
         quantizers: Paths of the quantizers that it goes through, all on the same grid.
     """
 
-    name: str
+    names: list[str]
     weight: Tensor
     holders: list[tuple[str, str]] = field(default_factory=list)
     quantizers: list[str] = field(default_factory=list)
@@ -91,7 +95,11 @@ class RoundedWeight:
         weight = _weight_of(codes * scale, self.weight, spec).to(self.weight.dtype).contiguous()
         new = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
         for path, name in self.holders:
-            program.gm.get_submodule(path)._parameters[name] = new
+            holder = program.gm.get_submodule(path)
+            if name in holder._buffers:
+                holder._buffers[name] = weight
+            else:
+                holder._parameters[name] = new
 
 
 @dataclass(frozen=True)
@@ -147,22 +155,20 @@ class _Rescaled(nn.Module):
         scale, zero = (t.reshape(-1, 1) for t in (quantizer.scale, quantizer.zero_point))
         rows = rows_of(weight.detach().float(), spec)
         codes = ((rows / scale).round_() + zero).clamp_(spec.qmin, spec.qmax) - zero
-        self.spec = spec
+        self.spec, self.dtype = spec, weight.dtype
         self.register_buffer("codes", codes.to(torch.int8 if spec.bits < 8 else torch.int16))
         self.register_buffer("scale", scale.clone())
         self.log_factor = nn.Parameter(torch.zeros_like(scale))
 
     def forward(self, weight: Tensor) -> Tensor:
         function: Any = _Dequantize.apply
-        rows = cast(Tensor, function(self.codes, self.scale * self.log_factor.exp()))
+        rows = cast(Tensor, function(self.codes, self.tuned()))
         return _weight_of(rows, weight, self.spec).to(weight.dtype)
 
-    def tuned(self, dtype: torch.dtype) -> Tensor:
-        """The scale [scales, 1]; that of a 16-bit weight rounded to its dtype, because engines keep it so."""
-        scale = self.scale * self.log_factor.detach().exp()
-        if dtype in (torch.float16, torch.bfloat16):
-            scale = scale.to(dtype).clamp(min=torch.finfo(dtype).tiny).float()
-        return scale
+    def tuned(self) -> Tensor:
+        """The scale [scales, 1] as it is stored, with the gradient of what it is rounded from."""
+        scale = self.scale * self.log_factor.exp()
+        return scale + (stored_scale(scale.detach(), self.dtype) - scale.detach())
 
 
 class _StraightThrough(nn.Module):
@@ -206,29 +212,31 @@ class ScaleTuning:
         self.generator = torch.Generator().manual_seed(options.seed)
         order = torch.randperm(len(calls), generator=self.generator).tolist()
         self.held_out = len(calls) // _HELD_OUT
-        shuffled = [calls[i] for i in order]
+        shuffled = [_ordinary(calls[i]) for i in order]
         self.judged = shuffled[: self.held_out] or shuffled
         self.trained = shuffled[self.held_out :]
         self.before = self.after = math.nan
         self.notes: list[str] = []
         self.student, self.modules = self._student()
+        # Gradients of 16-bit logits are below the smallest number of float16: times a power of two they are not.
+        self.multiplier = 2.0**12 if any(w.weight.dtype == torch.float16 for w in weights) else 1.0
 
     def run(self) -> bool:
         """Train; True when scales were put that are better."""
         steps = self.options.epochs * len(self.trained)
         header = f"scales: {len(self.weights)} weights, {steps} steps"
         with (
-            evaluating(self.student.gm),
+            differentiating(self.student.gm),
             evaluating(self.reference.gm),
             progress_bar("tuned", steps, self.options.progress, header) as advance,
         ):
             self.before = self.after = self._judge()
-            best = self._train(steps, advance)
+            best = self._train(steps, advance) if math.isfinite(self.before) else None
         if best is None:
             return False
         for weight, module, factors in zip(self.weights, self.modules, best, strict=True):
             module.log_factor.data = factors
-            weight.put(self.program, module.codes, module.tuned(weight.weight.dtype))
+            weight.put(self.program, module.codes, module.tuned().detach())
         return True
 
     def _student(self) -> tuple[Program, list[_Rescaled]]:
@@ -269,15 +277,25 @@ class ScaleTuning:
         """One step of training; False when it cannot be taken."""
         with torch.no_grad():
             want = _outputs(self.reference, call)
-        with torch.enable_grad():
-            loss = divergence(_outputs(self.student, call), want, self.options.loss)
-            gradients = torch.autograd.grad(loss, factors, allow_unused=True)
-        for factor, gradient in zip(factors, gradients, strict=True):
-            factor.grad = gradient
-            if gradient is not None and not bool(torch.isfinite(gradient).all()):
+        gradients = self._gradients(call, want, factors)
+        while any(g is not None and not bool(torch.isfinite(g).all()) for g in gradients):
+            if self.multiplier <= 1.0:
                 return False
+            self.multiplier /= 4.0
+            gradients = self._gradients(call, want, factors)
+        for factor, gradient in zip(factors, gradients, strict=True):
+            factor.grad = None if gradient is None else gradient / self.multiplier
         adam.step()
         return True
+
+    def _gradients(self, call: Call, want: list[Any], factors: list[nn.Parameter]) -> tuple[Tensor | None, ...]:
+        """Gradients of the factors times the multiplier; None for a scale that no output depends on."""
+        loss = divergence(_outputs(self.student, call), want, self.options.loss)
+        found = torch.autograd.grad(loss * self.multiplier, factors, allow_unused=True) if loss.requires_grad else ()
+        if all(g is None for g in found):
+            fix = "leave the pass out, or return the values in front of argmax, detach and the like"
+            raise PassError(346, "no output to train scales by has a gradient", fix=fix)
+        return found
 
     def _judge(self) -> float:
         """Mean divergence of the calls that are not trained on."""
@@ -287,6 +305,11 @@ class ScaleTuning:
                 got, want = _outputs(self.student, call), _outputs(self.reference, call)
                 total += float(divergence(got, want, self.options.loss))
         return total / len(self.judged)
+
+
+def _ordinary(call: Call) -> Call:
+    """A call without tensors that ``torch.inference_mode`` keeps from backward passes."""
+    return cast(Call, pytree.tree_map_only(Tensor, lambda t: t.clone() if t.is_inference() else t, call))
 
 
 def _outputs(program: Program, call: Call) -> list[Any]:

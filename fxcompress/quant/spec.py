@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fxcompress.errors import UsageError
 
-__all__ = ["QuantSpec", "quant_params"]
+__all__ = ["QuantSpec", "quant_params", "stored_scale"]
 
 _DERIVED: Final = 1 << 31  # no grid has this integer
 
@@ -131,6 +131,13 @@ def solve(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     # An unsigned grid with zero point 0 has no step below zero, and then low is 0 as well: 0 / -1.
     below = low / (spec.qmin - zero_point).clamp(max=-1.0)
     return _as_scale(torch.maximum(below, high / (spec.qmax - zero_point))), zero_point
+
+
+def stored_scale(scale: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """The scale (float32) of a weight of ``dtype``: that of a 16-bit one has a value of its dtype; engines keep it so."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return scale
+    return scale.to(dtype).clamp(min=torch.finfo(dtype).tiny).float()
 
 
 def _float64(value: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxcompress as fxc
-from fxcompress.errors import PassError, UsageError
 from fxcompress.layers import Fused
 from fxcompress.ops import fake_quantize
 from fxcompress.quant.fake_quantize import DynamicFakeQuantize, FakeQuantize
@@ -25,9 +24,9 @@ from fxcompress.quant.scale_tuning import (
     divergence,
     rows_of,
 )
-from fxcompress.quant.scheme import QuantScheme
 from fxcompress.quant.spec import QuantSpec
-from tests.helpers.digits import Attention, Convolutions, held_out, trained, training
+from tests.helpers.digits import Attention, Convolutions, held_out, trained
+from tests.helpers.tuning import WEIGHTS, batches, rounded
 
 SPECS = [
     QuantSpec(4, True, True, 0, group_size=16),
@@ -77,9 +76,9 @@ def test_starts_as_the_quantizer_and_keeps_the_integers(spec: QuantSpec) -> None
     model = nn.Module()
     model.layer = nn.Linear(32, 6)
     model.grid = quantizer
-    entry = RoundedWeight("layer", weight, [("layer", "weight")], ["grid"])
+    entry = RoundedWeight(["layer"], weight, [("layer", "weight")], ["grid"])
     program = cast(fxc.Program, type("Holder", (), {"gm": model}))
-    entry.put(program, stand_in.codes, stand_in.tuned(weight.dtype))
+    entry.put(program, stand_in.codes, stand_in.tuned().detach())
     new = cast(Tensor, model.layer.weight).detach()
     torch.testing.assert_close(stand_in(weight).detach(), new)
     torch.testing.assert_close(quantizer(new), new, rtol=1e-6, atol=1e-7)
@@ -115,6 +114,14 @@ def test_activations_on_a_grid_pass_gradients() -> None:
     torch.testing.assert_close(gradient, torch.arange(8.0).expand(3, 8))
 
 
+def test_the_straight_through_gradient_of_a_static_grid_is_there() -> None:
+    """Static activations need no stand-in: their operator has the gradient."""
+    x = torch.linspace(-2, 2, 9, requires_grad=True)
+    y = fake_quantize(x, torch.tensor(0.01), torch.tensor(0, dtype=torch.int32), -1, -127, 127)
+    (gradient,) = torch.autograd.grad(cast(Tensor, y).sum(), x)
+    assert gradient.tolist() == [float(abs(v) <= 1.27) for v in x.tolist()]
+
+
 def test_the_rate_rises_and_falls() -> None:
     found = [TuningOptions(learning_rate=1.0).rate(step, 50) for step in range(50)]
     assert found[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
@@ -122,18 +129,6 @@ def test_the_rate_rises_and_falls() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ programs
-def batches(size: int = 16, count: int = 24) -> list[Tensor]:
-    return [b[0] for b in training(size)][:count]
-
-
-def rounded(kind: Any, *passes: fxc.Pass, scheme: QuantScheme | None = None) -> tuple[fxc.Program, fxc.Context]:
-    """A trained network behind ``passes``, and the context with its float program."""
-    data = batches()
-    plain = fxc.Pipeline((fxc.FoldBatchNorm(), fxc.FuseActivations()))(fxc.capture(trained(kind), (data[0],))).program
-    context = fxc.Context(calibration=data, scheme=scheme, reference=plain)
-    return fxc.Pipeline(passes)(plain, context).program, context
-
-
 def distance(program: Any, kind: Any) -> float:
     """Divergence from the float network on images that nothing was learned from."""
     x = held_out()[0]
@@ -141,7 +136,6 @@ def distance(program: Any, kind: Any) -> float:
         return float(divergence([program(x)], [trained(kind)(x)], "kl"))
 
 
-WEIGHTS = fxc.QuantizeWeights(bits=2, group_size=16, fit="adjust")
 CASES: dict[str, tuple[Any, tuple[fxc.Pass, ...]]] = {
     "rtn": (Attention, (WEIGHTS,)),
     "gptq": (Attention, (fxc.QuantizeWeights(bits=2, group_size=16, fit="adjust", method="gptq"),)),
@@ -220,6 +214,7 @@ def test_same_seed_same_scales() -> None:
     step = fxc.TuneScales(epochs=1, learning_rate=1e-2)
     first, second = (step(program, context).program.gm.state_dict() for _ in range(2))
     assert all(torch.equal(first[k], second[k]) for k in first)
+    assert not torch.equal(first["up.weight"], program.gm.state_dict()["up.weight"])
 
 
 def test_layers_by_name() -> None:
@@ -228,6 +223,8 @@ def test_layers_by_name() -> None:
     assert result.changes == ["tuned the scales of down"]
     before, after = program.gm.state_dict(), result.program.gm.state_dict()
     assert {k.partition(".")[0] for k in before if not torch.equal(before[k], after[k])} == {"down"}
+    nothing = fxc.TuneScales(include="nowhere")(program, context)
+    assert not nothing.changes and any("leave no rounded weight" in note for note in nothing.notes)
 
 
 class Shared(nn.Module):
@@ -263,6 +260,12 @@ def test_shared_weights() -> None:
     assert first.weight is second.weight and torch.equal(embed.weight, table)
     torch.testing.assert_close(head.weight_fake_quantize(head.weight), head.weight, rtol=1e-6, atol=1e-7)
     assert not torch.equal(head.weight, table)
+    assert "tuned the scales of first, second" in result.changes
+    ignored = fxc.TuneScales(epochs=1, learning_rate=1e-2, ignore="second")(program, context).changes
+    assert not any("first" in change for change in ignored), "its weight is that of an ignored layer"
+    assert fxc.TuneScales(epochs=1, learning_rate=1e-2, include="second")(program, context).changes == [
+        "tuned the scales of first, second"
+    ]
 
 
 def test_a_weight_that_is_read_in_float_too() -> None:
@@ -278,7 +281,7 @@ def test_a_weight_that_is_read_in_float_too() -> None:
     context = fxc.Context(calibration=[torch.randn(4, 16) for _ in range(16)], reference=plain)
     program = fxc.QuantizeWeights(bits=2, group_size=16, include=("*",))(plain, context).program
     result = fxc.TuneScales()(program, context)
-    assert not result.changes and any("reads it in float" in note for note in result.notes)
+    assert not result.changes and any("has a use of its own" in note for note in result.notes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -324,56 +327,3 @@ def test_a_gradient_that_is_not_finite_stops_the_training() -> None:
     program = fxc.QuantizeWeights(bits=2, group_size=16)(plain, context).program
     result = fxc.TuneScales(loss="mse")(program, context)
     assert any("not finite" in note for note in result.notes) and not result.changes
-
-
-# ------------------------------------------------------------------------------------------------ wrong use
-def test_wrong_use() -> None:
-    program, context = rounded(Attention, WEIGHTS)
-    assert context.reference is not None
-    with pytest.raises(PassError, match="needs calibration data"):
-        fxc.TuneScales()(program, fxc.Context(reference=context.reference))
-    with pytest.raises(PassError, match="finds no rounded weight"):
-        fxc.TuneScales()(context.reference, context)
-    for reference in (None, program):
-        with pytest.raises(PassError, match="needs the float program"):
-            fxc.TuneScales()(program, fxc.Context(calibration=context.calibration, reference=reference))
-    with pytest.raises(UsageError, match="nothing to train with"):
-        fxc.TuneScales(epochs=0)
-    with pytest.raises(UsageError, match="not above 0"):
-        fxc.TuneScales(learning_rate=1.0)
-    with pytest.raises(UsageError, match="not known"):
-        fxc.TuneScales(loss=cast(Any, "l1"))
-
-
-@pytest.mark.parametrize("nested", [False, True])
-def test_float_weights_that_were_written_over(nested: bool) -> None:
-    torch.manual_seed(0)
-    data = batches()
-    program = fxc.capture(Attention().eval(), (data[0],))
-    first: fxc.Pass = fxc.QuantizeWeights(bits=4, group_size=16, fit="adjust", method="gptq", in_place=True)
-    first = fxc.Pipeline((first,)) if nested else first
-    with pytest.raises(PassError, match="needs the float program"):
-        fxc.Pipeline((first, fxc.TuneScales()))(program, fxc.Context(calibration=data))
-
-
-def test_an_output_without_gradients() -> None:
-    class Classes(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(16, 16)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.layer(x).argmax(-1)
-
-    data = [torch.randn(2, 16) for _ in range(4)]
-    program = fxc.capture(Classes().eval(), (data[0],))
-    with pytest.raises(PassError, match="no float output"):
-        fxc.Pipeline((fxc.QuantizeWeights(group_size=16), fxc.TuneScales()))(program, fxc.Context(calibration=data))
-
-
-def test_the_straight_through_gradient_of_a_static_grid_is_there() -> None:
-    """Static activations need no stand-in: their operator has the gradient."""
-    x = torch.linspace(-2, 2, 9, requires_grad=True)
-    y = fake_quantize(x, torch.tensor(0.01), torch.tensor(0, dtype=torch.int32), -1, -127, 127)
-    (gradient,) = torch.autograd.grad(cast(Tensor, y).sum(), x)
-    assert gradient.tolist() == [float(abs(v) <= 1.27) for v in x.tolist()]
