@@ -105,6 +105,17 @@ def steps(found: Results) -> str:
     return table(["weights: max / ", "activations: max / ", *methods], lines) + "\n"
 
 
+def tuning(found: Results) -> str:
+    """Perplexity and divergence of two texts, before and after scales were tuned."""
+    texts = list(found["float32"])
+    lines = []
+    for name, row in found.items():
+        cells = [(f"{row[t]['perplexity']:.3f}", f"{row[t]['divergence']:.4f}") for t in texts]
+        lines.append([name, *(cell for pair in cells for cell in pair)])
+    heads = [head for t in texts for head in (f"{t}: perplexity", "divergence, nat")]
+    return table(["SmolLM2-135M", *heads], lines) + "\n"
+
+
 def repair(found: Results) -> str:
     """Accuracy before and after repair."""
     names = {"top1": "top-1 %", "top1_held_out": "held out %", "agreement": "agreement %"}
@@ -140,6 +151,7 @@ TABLES: Final[Mapping[str, Callable[[Results], str]]] = {
     "quant_text": text,
     "quant_decode": decode,
     "quant_peers": peers,
+    "quant_tuning": tuning,
     "quant_gptq": cost,
     "quant_steps": steps,
     "quant_repair": repair,
