@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -18,7 +17,7 @@ from fxcompress.quant.adaround import Annealing, RowsOnGrid
 from fxcompress.quant.block_reconstruction import BlockReconstruction
 from fxcompress.quant.calibration import samples_together
 from fxcompress.quant.fake_quantize import FakeQuantize
-from fxcompress.quant.layer_weights import as_globs
+from fxcompress.quant.layer_weights import as_globs, asked_for
 from fxcompress.quant.reconstruction import LayerReconstruction, Rounding, float_twin
 from fxcompress.rewrite import Analysis
 
@@ -113,7 +112,7 @@ class AdaRound(Pass):
         analysis = Analysis(program)
         nodes, notes = [], []
         for node, module in program.layers():
-            if not _grid(module) or not self._wanted(str(node.target)):
+            if not _grid(module) or not asked_for([str(node.target)], self.include, self.ignore):
                 continue
             reason = _unusable(analysis, node, module)
             if reason:
@@ -123,10 +122,6 @@ class AdaRound(Pass):
             else:
                 nodes.append(node)
         return nodes, notes
-
-    def _wanted(self, name: str) -> bool:
-        included = not self.include or any(fnmatch.fnmatchcase(name, glob) for glob in self.include)
-        return included and not any(fnmatch.fnmatchcase(name, glob) for glob in self.ignore)
 
 
 def _grid(module: nn.Module) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -19,7 +18,7 @@ from fxcompress.layerwise.store import WeightStore
 from fxcompress.layerwise.walk import Walk
 from fxcompress.passbase import Context, Pass, Refusal, Result
 from fxcompress.quant.fake_quantize import QUANTIZERS
-from fxcompress.quant.layer_weights import as_globs, layer_weight
+from fxcompress.quant.layer_weights import as_globs, asked_for, layer_weight
 from fxcompress.quant.migration import Migration, find_migration
 from fxcompress.quant.placement import layer_kind, layer_name, weight_axis
 from fxcompress.quant.smoothing import Granularity, SampledRows, best_alpha, smoothing_factors
@@ -104,8 +103,7 @@ class SmoothQuant(Pass):
         for node in program.graph.nodes:
             if layer_kind(program, node) == "linear" and isinstance(node.args[0], Node):
                 name = layer_name(node)
-                wanted = not self.include or any(fnmatch.fnmatchcase(name, glob) for glob in self.include)
-                if wanted and not any(fnmatch.fnmatchcase(name, glob) for glob in self.ignore):
+                if asked_for([name], self.include, self.ignore):
                     found.setdefault(node.args[0], []).append(node)
         return found, [] if found else ["there is no linear layer"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -15,7 +14,7 @@ from fxcompress.errors import PassError, UsageError
 from fxcompress.ir import Program
 from fxcompress.passbase import Context, Pass, Result
 from fxcompress.quant.fake_quantize import FakeQuantize
-from fxcompress.quant.layer_weights import as_globs, has_quantizer, weight_quantizer
+from fxcompress.quant.layer_weights import as_globs, asked_for, has_quantizer, weight_quantizer
 from fxcompress.quant.placement import layer_kind, layer_name
 from fxcompress.quant.scale_tuning import Divergence, RoundedWeight, ScaleTuning, TuningOptions
 from fxcompress.sizes import fixed_size
@@ -120,7 +119,7 @@ class TuneScales(Pass):
         """What to train, one entry a tensor; a line for each one that is left alone."""
         kept = []
         for weight in _rounded(program):
-            if not self._wanted(weight.names):
+            if not asked_for(weight.names, self.include, self.ignore):
                 continue
             reason = _problem(program, weight)
             if reason:
@@ -130,11 +129,6 @@ class TuneScales(Pass):
         if not kept and not notes:
             notes.append(f"the scales stay: include={self.include} and ignore={self.ignore} leave no rounded weight")
         return kept
-
-    def _wanted(self, names: list[str]) -> bool:
-        """Whether a weight is asked for: one of its layers is, and none is ignored."""
-        included = not self.include or any(fnmatch.fnmatchcase(n, glob) for n in names for glob in self.include)
-        return included and not any(fnmatch.fnmatchcase(n, glob) for n in names for glob in self.ignore)
 
 
 def _rounded(program: Program) -> list[RoundedWeight]:

@@ -22,7 +22,7 @@ from fxcompress.quant.spec import QuantSpec, stored_scale
 from fxcompress.rewrite import put_layer
 
 __all__ = [
-    "as_globs", "attach_quantizer", "check_weight", "finite_weight", "has_quantizer", "layer_weight", "linear_layers",
+    "as_globs", "asked_for", "attach_quantizer", "check_weight", "finite_weight", "has_quantizer", "layer_weight", "linear_layers",
     "make_quantizer", "quantize_weight", "weight_quantizer",
 ]  # fmt: skip
 
@@ -101,6 +101,15 @@ def other_readers(program: Program) -> dict[int, str]:
 def as_globs(given: str | Sequence[str]) -> tuple[str, ...]:
     """One glob or several as a tuple."""
     return (given,) if isinstance(given, str) else tuple(given)
+
+
+def asked_for(names: Sequence[str], include: Sequence[str], ignore: Sequence[str]) -> bool:
+    """Whether layers of these names, which go together, are wanted: a glob includes one (or there is none), none is ignored."""
+
+    def matches(globs: Sequence[str]) -> bool:
+        return any(fnmatch.fnmatchcase(name, glob) for name in names for glob in globs)
+
+    return (not include or matches(include)) and not matches(ignore)
 
 
 def check_weight(program: Program, node: Node) -> None:
