@@ -94,6 +94,7 @@ class Result:
         error: Largest output difference on the example, relative to the largest output; None when not measured.
         seconds: Wall time, checks included.
         outputs: Flat outputs of ``program`` on its example; None when they were not computed.
+        reference: Of a pipeline, the last of its programs without quantizers that no pass wrote over.
     """
 
     program: Program
@@ -105,6 +106,7 @@ class Result:
     error: float | None = None
     seconds: float = 0.0
     outputs: list[Any] | None = None
+    reference: Program | None = None
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ class Pipeline(Pass):
         floats = _FloatProgram(context)
         for number, step in enumerate(self.passes, 1):
             try:
-                result = step(program, floats.before(program), outputs)
+                result = step(program, floats.before(step, program), outputs)
             except FxcError as error:
                 done = ", ".join(r.name for r in records) or "none"
                 error.add_note(f"  in pass {number} of {len(self.passes)}, {step.name}; passes before it: {done}")
@@ -129,7 +129,7 @@ class Pipeline(Pass):
             refusals += result.refusals
             self._observe(records[-1])
             self._dump(self.first + number, step.name, result.program, program)
-            floats.behind(step, program)
+            floats.behind(step, program, result.reference)
             program, outputs = result.program, result.outputs
         return Result(
             program if records else program.clone(),
@@ -139,6 +139,7 @@ class Pipeline(Pass):
             metrics={"steps": records},
             modified=any(r.modified for r in records),
             outputs=outputs,
+            reference=floats.context.reference,
         )
 
     def bisect(self, program: Program, good: Callable[[Program], bool], context: Context | None = None) -> Pass | None:
@@ -162,9 +163,10 @@ class Pipeline(Pass):
     def _bisect(self, program: Program, good: Callable[[Program], bool], context: Context) -> Pass | None:
         stages, contexts, floats = [program], [], _FloatProgram(context)
         for step in self.passes:
-            contexts.append(floats.before(stages[-1]))
-            stages.append(step(stages[-1], contexts[-1]).program)
-            floats.behind(step, stages[-2])
+            contexts.append(floats.before(step, stages[-1]))
+            result = step(stages[-1], contexts[-1])
+            floats.behind(step, stages[-1], result.reference)
+            stages.append(result.program)
         if good(stages[-1]):
             return None
         low, high = 0, len(stages) - 1
@@ -204,14 +206,17 @@ class _FloatProgram:
         self.context = context
         self.given = context.reference is not None
 
-    def before(self, program: Program) -> Context:
-        """The context of a pass that takes ``program``."""
-        if not self.given and not any(isinstance(m, QUANTIZERS) for m in program.gm.modules()):
-            self.context = dataclasses.replace(self.context, reference=program)
-        return self.context
+    def before(self, step: Pass, program: Program) -> Context:
+        """The context of ``step``, which takes ``program``; a pipeline finds those of its float programs itself."""
+        if self.given or any(isinstance(m, QUANTIZERS) for m in program.gm.modules()):
+            return self.context
+        self.context = dataclasses.replace(self.context, reference=program)
+        return dataclasses.replace(self.context, reference=None) if isinstance(step, Pipeline) else self.context
 
-    def behind(self, step: Pass, program: Program) -> None:
-        """``step`` is done with ``program``."""
+    def behind(self, step: Pass, program: Program, inner: Program | None) -> None:
+        """``step`` is done with ``program``; ``inner`` is the last float program inside of it."""
+        if inner is not None and not self.given:
+            self.context = dataclasses.replace(self.context, reference=inner)
         reference = self.context.reference
         if step.writes_input and reference is not None and _storages(reference) & _storages(program):
             self.context = dataclasses.replace(self.context, reference=None)
