@@ -5,18 +5,19 @@ from __future__ import annotations
 import copy
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import Node
 
 from fxcompress.artifact import load
 from fxcompress.capture import capture
 from fxcompress.engines import Engine, target
 from fxcompress.errors import ParityError, UsageError
 from fxcompress.ir import Program
-from fxcompress.parity import Row, check_parity, compare, first_difference
+from fxcompress.parity import Row, _Recorder, check_parity, compare, first_difference
 from fxcompress.quant.fake_quantize import FakeQuantize
 from tests.helpers.quick import RUNTIMES, built, cnn, images, plain, quantized
 
@@ -126,6 +127,53 @@ def test_flipped_steps_are_no_failure_and_errors_are(runtime: str) -> None:
     assert nearly.error <= nearly.tolerance
     with pytest.raises(ParityError):
         check_parity(shifted(runtime, -0.5), quantized(runtime), [X], reference=plain())
+
+
+class Off(_Recorder):
+    """The simulation with one value moved."""
+
+    def __init__(self, program: Program, point: str, amount: float) -> None:
+        super().__init__(program)
+        self.point, self.amount = point, amount
+
+    def seen(self, node: Node, value: Tensor) -> Tensor:
+        return super().seen(node, value + self.amount if self.names[node] == self.point else value)
+
+
+class OneStepOff:
+    """An engine that computes what the simulation does, but for a step behind one layer."""
+
+    def __init__(self, program: Program, point: str, step: float) -> None:
+        self.program, self.point, self.step = program, point, step
+
+    def tap_names(self) -> list[str]:
+        return [name for name in self.taps(None, X) if name.startswith("fake_quantize")]
+
+    def taps(self, names: list[str] | None, *args: Tensor) -> dict[str, Tensor]:
+        recorder = Off(self.program, self.point, self.step)
+        recorder.run_program(args, {})
+        return recorder.found if names is None else {n: recorder.found[n] for n in names}
+
+    def release(self, taps_only: bool = False) -> None:
+        """Nothing is held."""
+
+
+@pytest.mark.parametrize(("steps", "is_tie"), [(8.5, True), (8.5 - 1e-4, True), (8.4, False), (8.6, False)])
+def test_an_image_on_a_rounding_tie_may_fall_on_either_side(steps: float, is_tie: bool) -> None:
+    """A constant part of an image makes every value of a channel the same: thousands of ties fall the same way."""
+    program = quantized("onnxruntime").clone()
+    point, step = "fake_quantize.stem", float(cast(Any, program.gm.get_submodule("fake_quantize.stem")).scale)
+    layer = cast(Any, copy.deepcopy(program.gm.get_submodule("stem")))
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.bias.fill_(steps * step)
+    program.gm.set_submodule("stem", layer)
+    program.recompile()
+    rounded = OneStepOff(program, point, 0.0).taps(None, X)[point].flatten()[0]
+    away = step if rounded < steps * step else -step
+    found = first_difference(cast(Engine, OneStepOff(program, point, away)), program, X)
+    assert found is None if is_tie else found is not None and found.layers == ("stem",) and found.error > 0.01
+    assert first_difference(cast(Engine, OneStepOff(program, point, -away)), program, X) is not None  # never right
 
 
 # ------------------------------------------------------------------------------------------------ numbers that are none
