@@ -3,7 +3,8 @@
     python -m benchmarks.quant_repair [--quick] [--only TEXT] [--blocks] [--resume]
 
 Calibration is the first 128 images; every image is run by itself in the engine that ships. "Held out" are the other 206.
-W4A8 keeps the first and the last layer's weights in 8 bits, as the papers' tables do; "all layers" does not. ``--blocks``
+W4A8 keeps the first and the last layer's weights in 8 bits, as the papers' tables do; "all layers" does not, "depthwise"
+also keeps those of the depthwise layers (4 % of the weights). ``--blocks``
 adds reconstruction of whole blocks (hours on two cores). ``--resume`` keeps the rows of an interrupted run with the same
 settings; ``--only`` runs the rows whose name holds the text.
 """
@@ -21,6 +22,7 @@ from fxcompress.passbase import Pass
 
 NETWORK: Final = "efficientnet_lite0"
 ENDS: Final = ("_conv_stem", "_fc")
+DEPTHWISE: Final = "*_depthwise_conv"
 FLOAT: Final = "float32"
 
 
@@ -29,11 +31,14 @@ def recipes(samples: int, blocks: bool, quick: bool) -> dict[str, list[Pass]]:
     steps: dict[str, Any] = {"iterations": 10, "block_iterations": 2} if quick else {}
     eight, learned = fxc.QuantizeStatic(samples=samples), fxc.AdaRound(samples=samples, **steps)
     four = fxc.QuantizeStatic(samples=samples, weight_bits=4, eight_bits=ENDS)
+    deep = fxc.QuantizeStatic(samples=samples, weight_bits=4, eight_bits=(*ENDS, DEPTHWISE))
     every = fxc.QuantizeStatic(samples=samples, weight_bits=4)
     found: dict[str, list[Pass]] = {
         "W8A8": [eight],
         "W4A8": [four],
         "W4A8, AdaRound": [four, learned],
+        "W4A8, depthwise in 8 bits": [deep],
+        "W4A8, depthwise in 8 bits, AdaRound": [deep, learned],
         "W8A8, AdaRound": [eight, learned],
         "W8A8, equalized": [fxc.EqualizeLayers(), eight],
         "W4A8 all layers": [every],

@@ -344,7 +344,7 @@ class _Job:
     def report(self, engine: Engine) -> Report:
         assert self.captured is not None and self.chosen is not None and self.baseline is not None
         chosen, captured = self.chosen, self.captured
-        left = [_split(n) for r in chosen.records for n in r.notes if " stays float: " in n]
+        left = _left(chosen.records)
         notes = (
             captured.notes + [n for r in chosen.records for n in r.notes if " stays float: " not in n] + engine.notes
         )
@@ -385,6 +385,11 @@ def _raw(data: CalibrationData | None) -> Iterable[Any] | None:
     return None if data is None else data.data
 
 
-def _split(note: str) -> tuple[str, str]:
-    name, _, reason = note.partition(" stays float: ")
-    return name, reason
+def _left(records: Sequence[StepRecord]) -> list[tuple[str, str]]:
+    """Layers that no step quantized, and the first reason given for each."""
+    done = {change.split()[1] for r in records for change in r.changes if change.startswith("quantized ")}
+    first: dict[str, str] = {}
+    for name, found, reason in (note.partition(" stays float: ") for r in records for note in r.notes):
+        if found and name not in done:
+            first.setdefault(name, reason)
+    return list(first.items())

@@ -17,7 +17,7 @@ from torch.fx.node import map_aggregate, map_arg
 from fxcompress.ir import Program, evaluating, node_path
 from fxcompress.quant.fake_quantize import QUANTIZERS
 
-__all__ = ["Range", "Ranges", "observe", "to_half", "wide_nodes"]
+__all__ = ["Range", "Ranges", "names_of", "observe", "to_half", "wide_nodes"]
 
 #: Half of float16's largest number: unseen data reaches further than what was observed.
 LIMIT = torch.finfo(torch.float16).max / 2
@@ -110,9 +110,13 @@ def wide_nodes(program: Program, keep: Sequence[str], ranges: Ranges | None) -> 
     return found
 
 
+def names_of(node: Node) -> tuple[str, str]:
+    """What a node is called by: the layer or the value, and the user's module that it is in."""
+    return (str(node.target) if node.op == "call_module" else node.name, node_path(node))
+
+
 def _reason(node: Node, keep: Sequence[str], ranges: Ranges | None) -> str:
-    names = (str(node.target) if node.op == "call_module" else node.name, node_path(node))
-    if any(fnmatch.fnmatchcase(name, glob) for name in names for glob in keep):
+    if any(fnmatch.fnmatchcase(name, glob) for name in names_of(node) for glob in keep):
         return "asked to be kept"
     if ranges is not None:
         if problem := ranges.problem(node):

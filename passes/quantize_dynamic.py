@@ -22,6 +22,7 @@ from fxcompress.quant.layer_weights import (
     quantize_weight,
     weight_quantizer,
 )
+from fxcompress.quant.leftovers import left_float, unused_globs
 from fxcompress.quant.placement import layer_name
 from fxcompress.quant.scheme import QuantScheme
 from fxcompress.quant.sequence_layers import quantized_layer
@@ -91,6 +92,9 @@ class QuantizeDynamic(Pass):
             check_weight(program, node)
             quantize_weight(program, node, spec, self.calibrator)
         _insert(program, chosen, scheme)
+        known = [note.partition(" stays float: ")[0] for note in notes] + list(names)
+        notes += left_float(program, f"{self.name} takes linear layers, LSTM, GRU and embeddings", known)
+        notes += unused_globs("include", self.include, known) + unused_globs("ignore", self.ignore, known)
         return Result(program, [f"quantized {n}" for n in names], notes=notes, metrics={"layers": len(names)})
 
     def _others(self, program: Program, scheme: QuantScheme, notes: list[str]) -> list[str]:

@@ -20,12 +20,15 @@ from fxcompress.quant.bias import InputMeans, correct_bias
 from fxcompress.quant.calibration import calibrate, freeze, insert_observers
 from fxcompress.quant.fake_quantize import QUANTIZERS
 from fxcompress.quant.layer_weights import as_globs, check_weight, quantize_weight
+from fxcompress.quant.leftovers import left_float, unused_globs
 from fxcompress.quant.observers import make_observer
 from fxcompress.quant.placement import Placement, layer_name, place
 from fxcompress.quant.scheme import QuantScheme
 from fxcompress.quant.spec import QuantSpec
 
 __all__ = ["QuantizeStatic"]
+
+_KINDS = ("linear", "conv", "conv_transpose")
 
 
 @dataclass(frozen=True)
@@ -115,8 +118,8 @@ class QuantizeStatic(Pass):
             notes.append(f"calibrated on {calls.seen} samples, {self.samples} asked for")
         names = [layer_name(n) for n in placement.layers]
         everything = names + [name for name, _ in placement.left]
-        unused = [g for g in self.ignore if not any(fnmatch.fnmatchcase(n, g) for n in everything)]
-        notes += [f"ignore={glob!r} matches no layer" for glob in unused]
+        notes += unused_globs("ignore", self.ignore, everything) + unused_globs("eight_bits", self.eight_bits, names)
+        notes += left_float(program, f"{self.name} takes convolutions and linear layers", everything, _KINDS)
         counts = {"layers": len(names), "values": len(placement.values), "grids": len(placement.groups)}
         changes = [f"quantized {name}" for name in dict.fromkeys(names)]
         return Result(program, changes, notes=notes, metrics={**counts, "samples": calls.seen})

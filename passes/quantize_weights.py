@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal, cast
 
@@ -17,6 +16,7 @@ from fxcompress.quant.hqq import hqq_grid
 from fxcompress.quant.layer_rounding import LayerRounding, RoundedLayer
 from fxcompress.quant.layer_weights import (
     as_globs,
+    asked_for,
     attach_quantizer,
     check_weight,
     has_quantizer,
@@ -25,6 +25,7 @@ from fxcompress.quant.layer_weights import (
     other_readers,
     quantize_weight,
 )  # fmt: skip
+from fxcompress.quant.leftovers import left_float, unused_globs
 from fxcompress.quant.placement import layer_kind, layer_name, weight_axis
 from fxcompress.quant.rounding_options import RangeChoice, RoundingMethod, RoundingOptions
 
@@ -43,7 +44,8 @@ class QuantizeWeights(Pass):
             (``mse``), or that of the layer's output (``output``; calibrated methods only). Default: ``output`` for
             calibrated methods, else ``mse``.
         fit: What to do with a layer whose input features are no multiple of ``group_size``: ``error``, ``ignore`` (it
-            stays float) or ``adjust`` (the largest smaller group size that divides and is a multiple of 16).
+            stays float) or ``adjust`` (the largest smaller group size that divides and is a multiple of 16; whole rows
+            where there is none).
         include: Globs over layer names: only these. A layer that shares its weight with something else (a head with the
             embedding) is rounded only when named here; the other keeps its float weight.
         ignore: Globs over layer names to leave in floating point, e.g. ``("lm_head",)``.
@@ -124,9 +126,13 @@ class QuantizeWeights(Pass):
     def run(self, program: Program, context: Context) -> Result:
         """Attach a grid to every linear layer that is asked for."""
         chosen, notes = linear_layers(program, self.include, self.ignore)
-        done = [layer_name(n) for n in program.graph.nodes if _is_done(program, n)]
-        notes += [f"{name} is rounded already and stays as it is" for name in dict.fromkeys(done)]
+        linear = [n for n in program.graph.nodes if layer_kind(program, n) == "linear"]
+        done = dict.fromkeys(layer_name(n) for n in linear if has_quantizer(program, n))
+        notes += [f"{name} is rounded already and stays as it is" for name in done]
         layers = self._layers(program, chosen, notes)
+        notes += left_float(program, f"{self.name} rounds linear layers", done)
+        for option in ("include", "ignore"):
+            notes += unused_globs(option, getattr(self, option), [layer_name(n) for n in linear])
         if not layers and not any(isinstance(m, FakeQuantize) for m in program.gm.modules()):
             raise PassError(34, "there is no linear layer to quantize", why="; ".join(notes) or "the model has none")
         if layers:
@@ -141,7 +147,7 @@ class QuantizeWeights(Pass):
         for node in chosen:
             name, weight = layer_name(node), layer_weight(program, node)
             key, sharer = weight.data_ptr(), others.get(weight.data_ptr())
-            if sharer and not any(fnmatch.fnmatchcase(name, glob) for glob in self.include):
+            if sharer and not (self.include and asked_for([name], self.include, ())):
                 notes.append(f"{name} stays float: it shares its weight with {sharer}; name it in include to round it")
                 continue
             if key in found:
@@ -186,14 +192,6 @@ class QuantizeWeights(Pass):
             return next((s for s in range(size - size % 16, 0, -16) if features % s == 0), -1)
         if self.fit == "ignore":
             return None
-        raise PassError(
-            35,
-            f"{features} input features cannot be cut into groups of {size}",
-            where=name,
-            why=f"{features} % {size} = {features % size}",
-            fix="use fit='adjust' or fit='ignore', or a group size that divides them",
-        )
-
-
-def _is_done(program: Program, node: Node) -> bool:
-    return layer_kind(program, node) == "linear" and has_quantizer(program, node)
+        what = f"{features} input features cannot be cut into groups of {size}"
+        fix = "use fit='adjust' or fit='ignore', or a group size that divides them"
+        raise PassError(35, what, where=name, why=f"{features} % {size} = {features % size}", fix=fix)

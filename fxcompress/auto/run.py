@@ -11,6 +11,7 @@ from fxcompress.auto.search import Search
 from fxcompress.auto.workshop import Plain, RunPasses, Workshop
 from fxcompress.data import CalibrationData
 from fxcompress.engines import Target
+from fxcompress.errors import UsageError
 from fxcompress.ir import Program
 from fxcompress.passbase import Context, Pass
 from fxcompress.selection import Candidate, Choice, Timed
@@ -58,12 +59,17 @@ def answer(question: Question) -> tuple[Choice, float, list[dict[str, Any]]]:
 
     Raises:
         GateError: nothing keeps a budget.
+        UsageError: a latency is asked for and nothing may or can be measured.
     """
     q = question
+    reasons = ([] if q.measure else ["measure=False"]) + [r for t in q.targets if (r := t.unmeasured()) is not None]
+    if reasons and q.options.max_latency_ms is not None:
+        what = f"max_latency_ms={q.options.max_latency_ms:g} cannot be kept without measuring"
+        raise UsageError(550, what, why="; ".join(reasons), fix="leave it out, or measure on the target")
     plains = [_plain(q, target) for target in q.targets]
     floats = [p.candidate for p in plains]
     timed = None
-    if q.measure and all(t.unmeasured() is None for t in q.targets):
+    if not reasons:
         args, kwargs = q.captured.example
         timed = Timed(args, kwargs, q.threads)
     shop = Workshop(q.run_passes, q.evaluate, q.threads, q.engine_options, timed)

@@ -22,6 +22,7 @@ from fxcompress.kv_cache.find import Attention, find_attention
 from fxcompress.kv_cache.observe import CacheFormat, CacheTally, cache_format
 from fxcompress.progress import progress_bar
 from fxcompress.prune.sensitivity_report import write
+from fxcompress.vocabulary import tokens_checked
 
 __all__ = ["KVCacheScales", "LayerScales", "kv_cache_scales"]
 
@@ -266,7 +267,8 @@ def _observe(
     with torch.no_grad(), evaluating(program.gm), progress_bar("observed", samples, progress, header) as advance:
         for number, call in enumerate(data.calls(program, samples)):
             try:
-                _Watcher(program, watched).run(*program.signature.flatten(*call), enable_io_processing=False)
+                with tokens_checked(program, number):
+                    _Watcher(program, watched).run(*program.signature.flatten(*call), enable_io_processing=False)
             except (RuntimeError, TypeError, ValueError, IndexError) as error:
                 why = f"{type(error).__name__}: {error}"
                 raise CalibrationError(312, f"the decoder fails on batch {number}", why=why) from error

@@ -22,6 +22,7 @@ from fxcompress.data import Call
 from fxcompress.errors import CalibrationError
 from fxcompress.ir import Program, source_line
 from fxcompress.layerwise.pool import Pool
+from fxcompress.vocabulary import check_tokens
 
 __all__ = ["Walk"]
 
@@ -147,7 +148,7 @@ class Walk:
             return function(*args, **kwargs)
         module = self.program.module(node)
         if isinstance(module, nn.Embedding):
-            _check_tokens(number, node, module, cast(Tensor, args[0]))
+            check_tokens(number, str(node.target), module, cast(Tensor, args[0]))
         return module(*args, **kwargs)
 
     # ------------------------------------------------------------------------------------------------ what to keep
@@ -185,20 +186,6 @@ def _is_layer(program: Program, node: Node) -> bool:
         return any(p.dim() > 1 for p in program.module(node).parameters())
     read = [program.tensor(n) for n in node.all_input_nodes if n.op == "get_attr"]
     return any(isinstance(t, nn.Parameter) and t.dim() > 1 for t in read)
-
-
-def _check_tokens(number: int, node: Node, module: nn.Embedding, tokens: Tensor) -> None:
-    if tokens.numel() == 0:
-        return
-    low, high = (int(v) for v in torch.aminmax(tokens))
-    if low < 0 or high >= module.num_embeddings:
-        raise CalibrationError(
-            208,
-            f"calibration batch {number} holds the token {low if low < 0 else high}",
-            where=str(node.target),
-            why=f"the vocabulary has {module.num_embeddings} tokens, 0 to {module.num_embeddings - 1}",
-            fix="use the tokenizer of this very model",
-        )
 
 
 def _largest(leaves: Sequence[Any]) -> int:

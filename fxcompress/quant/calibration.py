@@ -18,6 +18,7 @@ from fxcompress.quant.insertion import insert_quantizers
 from fxcompress.quant.observers import make_observer
 from fxcompress.quant.placement import Placement
 from fxcompress.quant.scheme import QuantScheme
+from fxcompress.vocabulary import tokens_checked
 
 __all__ = ["calibrate", "freeze", "insert_observers"]
 
@@ -75,13 +76,15 @@ def _run(program: Program, call: Call) -> None:
 def _failed(program: Program, group: list[tuple[int, Call]], error: Exception) -> CalibrationError:
     """The error that names the batch of ``group`` which cannot be run."""
     number = group[0][0]
-    if len(group) > 1:
-        for number, call in group:  # noqa: B007
-            try:
+    for number, call in group:
+        try:
+            with tokens_checked(program, number):
                 _run(program, call)
-            except Exception as alone:  # noqa: BLE001  whatever the model raises
-                error = alone
-                break
+        except CalibrationError as named:
+            return named
+        except Exception as alone:  # noqa: BLE001  whatever the model raises
+            error = alone
+            break
     what = f"the model fails on calibration batch {number}"
     return CalibrationError(5, what, why=f"{type(error).__name__}: {error}")
 

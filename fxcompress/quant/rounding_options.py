@@ -48,6 +48,9 @@ class RoundingOptions:
             raise UsageError(
                 481, f"calibrator='output' and method={self.method!r}", why=why, fix="use mse, or a calibrated method"
             )
+        if self.calibrator is not None and self.method == "hqq":
+            what, fix = f"calibrator={self.calibrator!r} and method='hqq'", "leave calibrator out, or use method='rtn'"
+            raise UsageError(489, what, why="hqq fits its ranges itself", fix=fix)
         if not 0 < self.damping < 1:
             raise UsageError(482, f"damping={self.damping}: not between 0 and 1", fix="use 0.01")
         for name, least in (("samples", 1), ("skip_tokens", 0)):

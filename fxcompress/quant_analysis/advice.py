@@ -90,7 +90,8 @@ def _input(row: LayerRow) -> str:
     if data.outliers:
         channel, ratio = data.outliers[0]
         what = f"channel {channel} is {ratio:.0f} times the median one"
-        return f"SmoothQuant ({what})" if row.kind == "linear" else f"EqualizeLayers ({what}), or keep it in float"
+        method = "SmoothQuant" if row.kind == "linear" else "EqualizeLayers"
+        return f"{method} ({what}), or keep it in float where nothing in front can take the scales"
     return "keep it in float"
 
 

@@ -147,7 +147,7 @@ def test_transformers_have_more_recipes(clock: Callable[[Clock], None]) -> None:
     report = search(trained(Attention), max_drop=0.02).report
     names = {t["name"] for t in report.trials}
     assert {"static INT8", "dynamic INT8", "INT4 weights", "INT8 weights"} <= names
-    assert report.trials[-1]["verdict"] or report.trials[-1]["name"]
+    assert all(t["verdict"] for t in report.trials)
     assert next(t for t in report.trials if t["verdict"] == "chosen")["name"].startswith("INT4 weights")
 
 
@@ -164,6 +164,12 @@ def test_budgets_that_nothing_keeps(clock: Callable[[Clock], None]) -> None:
         with pytest.raises(GateError, match="no mix of precisions keeps the budget") as caught:
             search(trained(Convolutions), passes=budget)
         assert any("static INT8 on torch" in note for note in caught.value.__notes__)
+
+
+def test_a_latency_that_cannot_be_measured() -> None:
+    with pytest.raises(UsageError, match=r"max_latency_ms=0\.5 cannot be kept without measuring") as caught:
+        search(trained(Convolutions), passes=fxc.AutoSearch(max_latency_ms=0.5), measure=False)
+    assert "measure=False" in str(caught.value)
 
 
 def test_report_of_the_trials(clock: Callable[[Clock], None], tmp_path: Any) -> None:

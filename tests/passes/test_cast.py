@@ -63,9 +63,21 @@ def test_calibration_shows_the_range() -> None:
     """The example is small, the data is not."""
     x = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
     program = fxc.capture(nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 4)).eval(), (x,))
-    assert not fxc.Cast("fp16")(program, fxc.Context()).notes
+    (alone,) = fxc.Cast("fp16")(program, fxc.Context()).notes
+    assert "on the example alone" in alone
     notes = fxc.Cast("fp16")(program, fxc.Context(calibration=[x, x * 1e5])).notes
-    assert {n.split()[0] for n in notes} == {"0", "1"}
+    assert {n.split()[0] for n in notes if "stays" in n} == {"0", "1"}
+    assert [n for n in notes if "stays" not in n] == ["calibrated on 16 samples, 64 asked for"]
+    enough = fxc.Cast("fp16", samples=8)(program, fxc.Context(calibration=[x, x * 1e5]))
+    assert not enough.notes  # the second batch was not asked for
+    torn = x.clone()
+    torn[0, 0] = torch.nan
+    notes = fxc.Cast("fp16", samples=1200)(program, fxc.Context(calibration=[torn] + [x] * 150)).notes
+    assert notes == ["1 calibration batches held NaN or infinity and were skipped"]
+    assert not fxc.Cast("bf16")(program, fxc.Context()).notes
+    assert fxc.Cast("bf16", keep="frist")(program, fxc.Context()).notes == ["keep='frist' matches no layer"]
+    with pytest.raises(UsageError, match="nothing to look at"):
+        fxc.Cast("fp16", samples=0)
 
 
 def test_weights_that_float16_loses() -> None:

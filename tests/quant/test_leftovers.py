@@ -1,0 +1,133 @@
+"""What a quantizing pass cannot take is said, and is what ``strict`` refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fxcompress as fxc
+from fxcompress.errors import PassError, UsageError
+from fxcompress.quant.leftovers import left_float
+
+
+class Mixed(nn.Module):
+    """One of each: convolution, LSTM with a projection, plain RNN, a product with a parameter, a linear head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv1d(4, 16, 3, padding=1), nn.BatchNorm1d(16)
+        self.projected, self.rnn = nn.LSTM(16, 16, proj_size=8, batch_first=True), nn.RNN(8, 16, batch_first=True)
+        self.experts = nn.Parameter(torch.randn(2, 16, 16))
+        self.prior = nn.Parameter(torch.randn(1, 1, 16))
+        self.head = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv(x)).transpose(1, 2)
+        x = self.rnn(self.projected(x)[0])[0] + self.prior
+        shown = torch.bmm(x, self.experts.transpose(1, 2)[: len(x)])
+        return self.head(shown)
+
+
+class Positions(nn.Module):
+    """Parameters of two dimensions that no product reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grid, self.place = nn.Parameter(torch.randn(1, 4, 4, 4)), nn.Parameter(torch.randn(1, 4))
+        self.table, self.norm, self.head = nn.Embedding(9, 4), nn.LayerNorm((4, 4)), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid = F.interpolate(self.grid, size=(8, 8), mode="bilinear").mean((2, 3))
+        y = self.norm(self.table(x)) + torch.lgamma(self.place.abs() + 1) + grid
+        return self.head(y)
+
+
+X = torch.randn(2, 4, 6)
+
+
+def mixed() -> fxc.Program:
+    torch.manual_seed(0)
+    return fxc.capture(Mixed().eval(), (X,))
+
+
+def left(notes: list[str]) -> set[str]:
+    return {note.partition(" stays float: ")[0] for note in notes if " stays float: " in note}
+
+
+def test_weights_alone_names_everything_else() -> None:
+    result = fxc.QuantizeWeights(bits=4, group_size=16)(mixed(), fxc.Context())
+    names = left(result.notes)
+    assert result.changes == ["quantized head to 4 bits, groups of 16"]
+    assert {"conv", "experts"} <= names and any(n.startswith("projected") for n in names)
+    assert any(n.startswith("rnn") for n in names) and not names & {"norm", "prior", "head"}
+    assert "experts stays float: a weight of bmm; QuantizeWeights rounds linear layers" in result.notes
+
+
+def test_what_other_passes_take_is_not_named() -> None:
+    names = left(fxc.QuantizeStatic()(mixed(), fxc.Context(calibration=[X])).notes)
+    assert "experts" in names and not names & {"conv", "head"}
+    lstm = fxc.capture(nn.Sequential(nn.Linear(8, 8), Recurrent()).eval(), (torch.randn(2, 3, 8),))
+    assert left(fxc.QuantizeWeights(group_size=-1)(lstm, fxc.Context()).notes) == {"1.layer"}
+    assert not left(fxc.QuantizeDynamic()(lstm, fxc.Context()).notes)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.LSTM(8, 8, batch_first=True)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.layer(x)[0]
+
+
+def test_positions_tables_and_norms_are_no_products() -> None:
+    program = fxc.capture(Positions().eval(), (torch.randint(0, 9, (2, 4)),))
+    assert not left_float(program, "nothing", ())
+
+
+def test_a_later_pass_that_takes_it_clears_the_report() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8), Recurrent()).eval(), torch.randn(2, 3, 8)
+    weights, dynamic = fxc.QuantizeWeights(bits=8), fxc.QuantizeDynamic()
+    both = fxc.compile(model, (x,), passes=[weights, dynamic], target="torch", measure=False)
+    assert not both.report.left
+    one = fxc.compile(model, (x,), passes=[weights], target="torch", measure=False)
+    assert [name for name, _ in one.report.left] == ["1.layer"]
+    with pytest.raises(PassError, match=r"1\.layer"):
+        fxc.compile(model, (x,), passes=[weights], target="torch", measure=False, strict=True)
+
+
+def test_experts_of_a_mixture_are_listed() -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4, "use_cache": False}
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **heads)).eval()
+    ids = torch.randint(3, 99, (2, 8))
+    program = fxc.capture(model, (), {"input_ids": ids})
+    for step in (fxc.QuantizeWeights(group_size=32), fxc.QuantizeDynamic()):
+        names = left(step(program, fxc.Context()).notes)
+        assert {f"model.layers.0.mlp.experts.{n}_proj" for n in ("gate_up", "down")} <= names
+
+
+@pytest.mark.parametrize(
+    "step", [fxc.QuantizeWeights(group_size=-1, ignore="haed"), fxc.QuantizeDynamic(ignore="haed")]
+)
+def test_mistyped_names(step: fxc.Pass) -> None:
+    notes = step(mixed(), fxc.Context()).notes
+    assert "ignore='haed' matches no layer" in notes
+
+
+def test_mistyped_names_of_static_layers() -> None:
+    notes = fxc.QuantizeStatic(weight_bits=4, eight_bits=("head", "haed"))(mixed(), fxc.Context(calibration=[X])).notes
+    assert [n for n in notes if "matches no layer" in n] == ["eight_bits='haed' matches no layer"]
+
+
+def test_hqq_takes_no_calibrator() -> None:
+    with pytest.raises(UsageError, match="hqq fits its ranges itself"):
+        fxc.QuantizeWeights(method="hqq", calibrator="minmax")
