@@ -20,6 +20,8 @@ __all__ = ["left_float", "unused_globs"]
 _PRODUCT = re.compile(
     r"(.*_)?(b|add|baddb)?mm(_.*)?|.*matmul|einsum|_?conv.*|.*linear|(lstm|gru|rnn)(_.*)?|embedding_bag"
 )
+#: Pick rows: the experts that a token was sent to.
+_PICKS = ("index", "index_select", "gather")
 #: Read by index, or element by element.
 _NO_PRODUCTS = (nn.Embedding, nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm, nn.PReLU, *QUANTIZERS)
 
@@ -65,7 +67,7 @@ def _product(program: Program, weight: Node, kinds: Collection[str]) -> str:
     while queue:
         user = queue.pop()
         name = getattr(getattr(user.target, "overloadpacket", user.target), "__name__", "")
-        if is_move(user):
+        if is_move(user) or name in _PICKS:
             queue += [u for u in user.users if u not in met]
             met |= set(user.users)
         elif user.op == "call_function" and _PRODUCT.fullmatch(name) and layer_kind(program, user) not in kinds:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import fxcompress as fxc
 from fxcompress.errors import PassError, UsageError
 from fxcompress.quant.leftovers import left_float
+from tests.helpers.quick import RUNTIMES
 
 
 class Mixed(nn.Module):
@@ -101,18 +102,38 @@ def test_a_later_pass_that_takes_it_clears_the_report() -> None:
         fxc.compile(model, (x,), passes=[weights], target="torch", measure=False, strict=True)
 
 
-def test_experts_of_a_mixture_are_listed() -> None:
+def mixture(experts: str) -> tuple[Any, dict[str, Tensor]]:
     import transformers
 
     torch.manual_seed(0)
     sizes = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4, "use_cache": False}
     model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **heads)).eval()
-    ids = torch.randint(3, 99, (2, 8))
-    program = fxc.capture(model, (), {"input_ids": ids})
+    model.set_experts_implementation(experts)
+    return model, {"input_ids": torch.randint(3, 99, (2, 8))}
+
+
+EXPERTS = {f"model.layers.0.mlp.experts.{n}_proj" for n in ("gate_up", "down")}
+
+
+@pytest.mark.parametrize("experts", ["grouped_mm", "batched_mm"])
+def test_experts_of_a_mixture_are_listed(experts: str) -> None:
+    model, batch = mixture(experts)
+    program = fxc.capture(model, (), batch)
     for step in (fxc.QuantizeWeights(group_size=32), fxc.QuantizeDynamic()):
-        names = left(step(program, fxc.Context()).notes)
-        assert {f"model.layers.0.mlp.experts.{n}_proj" for n in ("gate_up", "down")} <= names
+        assert left(step(program, fxc.Context()).notes) >= EXPERTS
+
+
+@pytest.mark.parametrize("runtime", [pytest.param(r, marks=getattr(pytest.mark, r)) for r in RUNTIMES])
+def test_a_mixture_in_an_engine(runtime: str) -> None:
+    """Parity is checked on the way; what is not quantized is in the report."""
+    model, batch = mixture("batched_mm")
+    engine = fxc.compile(model, batch, passes=[fxc.QuantizeWeights(group_size=32)], target=runtime, measure=False)
+    assert {name for name, _ in engine.report.left} == EXPERTS
+    other = torch.randint(3, 99, (2, 8))
+    with torch.no_grad():
+        off = engine(input_ids=other).logits - model(input_ids=other).logits
+    assert off.abs().max() < 0.05
 
 
 @pytest.mark.parametrize(
