@@ -16,6 +16,7 @@ from torch.fx.node import map_aggregate, map_arg
 
 from fxcompress.ir import Program, evaluating, node_path
 from fxcompress.quant.fake_quantize import QUANTIZERS
+from fxcompress.vocabulary import tokens_checked
 
 __all__ = ["Range", "Ranges", "names_of", "observe", "to_half", "wide_nodes"]
 
@@ -72,6 +73,7 @@ class Ranges:
 class _Observer(Interpreter):
     def __init__(self, program: Program) -> None:
         super().__init__(program.gm)
+        self.extra_traceback = False  # an error of a model names its line already
         self.ranges: dict[Node, Range] = {}
 
     def run_node(self, n: Node) -> Any:
@@ -86,8 +88,9 @@ def observe(program: Program, calls: Iterable[tuple[tuple[Any, ...], dict[str, A
     """Ranges of all float values of a program, weights included, over some calls."""
     observer = _Observer(program)
     with torch.no_grad(), evaluating(program.gm):
-        for args, kwargs in calls:
-            observer.run(*program.signature.flatten(args, kwargs), enable_io_processing=False)
+        for number, (args, kwargs) in enumerate(calls):
+            with tokens_checked(program, number):
+                observer.run(*program.signature.flatten(args, kwargs), enable_io_processing=False)
     found = Ranges(observer.ranges)
     for node, module in program.layers():
         for tensor in _own_tensors(module):

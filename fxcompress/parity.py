@@ -17,7 +17,7 @@ from fxcompress.errors import ParityError, UsageError
 from fxcompress.ir import Program, evaluating, source_line
 from fxcompress.lowering.builder import tap_names
 from fxcompress.precise import summation_error
-from fxcompress.quant.fake_quantize import QUANTIZERS
+from fxcompress.quant.fake_quantize import QUANTIZERS, FakeQuantize
 
 __all__ = ["Comparison", "Parity", "Row", "check_parity", "compare", "first_difference"]
 
@@ -310,12 +310,16 @@ class _Checker(_Recorder):
     def _ties_broken(self, node: Node, value: Tensor, engine_value: Tensor) -> Tensor:
         """``value``, with the engine's where its input is so near to a rounding tie that either side is right."""
         quantizer = self.program.module(node) if node.op == "call_module" else None
-        if not isinstance(quantizer, QUANTIZERS) or engine_value.shape != value.shape:
+        if not isinstance(quantizer, FakeQuantize) or quantizer.scale.numel() != 1 or engine_value.shape != value.shape:
             return value
-        x = self.env[node.all_input_nodes[0]]
-        margin = TIE * x.abs().max()
+        x, value, engine_value = self.env[node.all_input_nodes[0]].float(), value.float(), engine_value.float()
+        largest = value.abs().max()  # on the grid: an input far beyond it allows nothing more
+        if not bool(largest.isfinite()):
+            return value
+        margin = torch.minimum(TIE * largest, quantizer.scale.float() / 4)
         for side in (quantizer(x - margin), quantizer(x + margin)):
-            value = torch.where(torch.isclose(engine_value, side, rtol=1e-5, atol=float(margin)), engine_value, value)
+            same = torch.isclose(engine_value, side.float(), rtol=1e-5, atol=1e-6 * float(largest))
+            value = torch.where(same, engine_value, value)
         return value
 
     def _layers(self, node: Node) -> list[str]:

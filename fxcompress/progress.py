@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-__all__ = ["progress_bar"]
+__all__ = ["Advance", "progress_bar"]
 
 #: Seconds between two lines on a pipe.
 _INTERVAL = 30.0
 
 
+class Advance(Protocol):
+    """Counts steps that are done."""
+
+    def __call__(self, steps: int = 1) -> None: ...
+
+
 @contextmanager
-def progress_bar(what: str, total: int, shown: bool, header: str = "") -> Iterator[Callable[[], None]]:
+def progress_bar(what: str, total: int, shown: bool, header: str = "") -> Iterator[Advance]:
     """A bar with the time left on a terminal, a line with it every half minute on a pipe.
 
     Args:
@@ -27,10 +34,10 @@ def progress_bar(what: str, total: int, shown: bool, header: str = "") -> Iterat
         header: Line above the bar.
 
     Yields:
-        What counts one step.
+        What counts one step, or as many as it is told.
     """
     if not shown:
-        yield lambda: None
+        yield lambda steps=1: None
         return
     console = Console(stderr=True)
     if header:
@@ -41,7 +48,7 @@ def progress_bar(what: str, total: int, shown: bool, header: str = "") -> Iterat
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=total)
-        yield lambda: bar.advance(task)
+        yield lambda steps=1: bar.advance(task, steps)
 
 
 class _Lines:
@@ -52,8 +59,8 @@ class _Lines:
         self.done = 0
         self.begin = self.said = time.monotonic()
 
-    def __call__(self) -> None:
-        self.done += 1
+    def __call__(self, steps: int = 1) -> None:
+        self.done += steps
         now = time.monotonic()
         if now - self.said < _INTERVAL or self.done >= self.total:
             return

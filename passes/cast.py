@@ -30,7 +30,7 @@ class Cast(Pass):
     Attributes:
         dtype: ``fp16`` or ``bf16``.
         keep: Globs over layer names (or names of the user's modules) to leave in float32.
-        samples: Calibration samples to look at (whole batches); ``fp16`` only.
+        samples: Calibration samples to look at (whole batches); ``fp16`` only. Fewer, or none, are in the notes.
 
     Raises:
         UsageError: the dtype is not known, or no sample is asked for.
@@ -62,7 +62,7 @@ class Cast(Pass):
             why = "; ".join(f"{n.name}: {reason}" for n, reason in list(wide.items())[:5]) or "it has no float32 values"
             raise PassError(80, f"nothing can be cast to {self.dtype}", why=why)
         notes += [f"{_name(n)} stays float32: {why}" for n, why in wide.items() if why != "made in float32"]
-        notes += unused_globs("keep", self.keep, [name for n in program.graph.nodes for name in names_of(n)])
+        notes += unused_globs(program, [name for n in program.graph.nodes for name in names_of(n)], keep=self.keep)
         return Result(program, [f"cast {n} to {self.dtype}" for n in names], notes=notes, metrics={"nodes": len(names)})
 
     def _ranges(self, program: Program, context: Context) -> tuple[Ranges, list[str]]:

@@ -16,6 +16,7 @@ from fxcompress.quant.fake_quantize import QUANTIZERS, DynamicFakeQuantize
 from fxcompress.quant.insertion import add_quantizer
 from fxcompress.quant.layer_weights import (
     as_globs,
+    asked_for,
     check_weight,
     finite_weight,
     linear_layers,
@@ -92,9 +93,10 @@ class QuantizeDynamic(Pass):
             check_weight(program, node)
             quantize_weight(program, node, spec, self.calibrator)
         _insert(program, chosen, scheme)
-        known = [note.partition(" stays float: ")[0] for note in notes] + list(names)
-        notes += left_float(program, f"{self.name} takes linear layers, LSTM, GRU and embeddings", known)
-        notes += unused_globs("include", self.include, known) + unused_globs("ignore", self.ignore, known)
+        known = {note.partition(" stays float: ")[0] for note in notes} | set(names)
+        what = f"{self.name} takes linear layers, LSTM, GRU and embeddings"
+        notes += left_float(program, what, lambda n: n not in known and asked_for([n], self.include, self.ignore))
+        notes += unused_globs(program, known, include=self.include, ignore=self.ignore)
         return Result(program, [f"quantized {n}" for n in names], notes=notes, metrics={"layers": len(names)})
 
     def _others(self, program: Program, scheme: QuantScheme, notes: list[str]) -> list[str]:

@@ -19,7 +19,7 @@ from fxcompress.passbase import Context, Pass, Result
 from fxcompress.quant.bias import InputMeans, correct_bias
 from fxcompress.quant.calibration import calibrate, freeze, insert_observers
 from fxcompress.quant.fake_quantize import QUANTIZERS
-from fxcompress.quant.layer_weights import as_globs, check_weight, quantize_weight
+from fxcompress.quant.layer_weights import as_globs, asked_for, check_weight, quantize_weight
 from fxcompress.quant.leftovers import left_float, unused_globs
 from fxcompress.quant.observers import make_observer
 from fxcompress.quant.placement import Placement, layer_name, place
@@ -118,8 +118,9 @@ class QuantizeStatic(Pass):
             notes.append(f"calibrated on {calls.seen} samples, {self.samples} asked for")
         names = [layer_name(n) for n in placement.layers]
         everything = names + [name for name, _ in placement.left]
-        notes += unused_globs("ignore", self.ignore, everything) + unused_globs("eight_bits", self.eight_bits, names)
-        notes += left_float(program, f"{self.name} takes convolutions and linear layers", everything, _KINDS)
+        notes += unused_globs(program, everything, ignore=self.ignore, eight_bits=self.eight_bits)
+        what = f"{self.name} takes convolutions and linear layers"
+        notes += left_float(program, what, lambda n: n not in everything and asked_for([n], (), self.ignore), _KINDS)
         counts = {"layers": len(names), "values": len(placement.values), "grids": len(placement.groups)}
         changes = [f"quantized {name}" for name in dict.fromkeys(names)]
         return Result(program, changes, notes=notes, metrics={**counts, "samples": calls.seen})

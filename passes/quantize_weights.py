@@ -130,9 +130,9 @@ class QuantizeWeights(Pass):
         done = dict.fromkeys(layer_name(n) for n in linear if has_quantizer(program, n))
         notes += [f"{name} is rounded already and stays as it is" for name in done]
         layers = self._layers(program, chosen, notes)
-        notes += left_float(program, f"{self.name} rounds linear layers", done)
-        for option in ("include", "ignore"):
-            notes += unused_globs(option, getattr(self, option), [layer_name(n) for n in linear])
+        what = f"{self.name} rounds linear layers"
+        notes += left_float(program, what, lambda name: asked_for([name], self.include, self.ignore))
+        notes += unused_globs(program, map(layer_name, linear), include=self.include, ignore=self.ignore)
         if not layers and not any(isinstance(m, FakeQuantize) for m in program.gm.modules()):
             raise PassError(34, "there is no linear layer to quantize", why="; ".join(notes) or "the model has none")
         if layers:

@@ -18,6 +18,8 @@ from fxcompress.engines import Engine, target
 from fxcompress.errors import ParityError, UsageError
 from fxcompress.ir import Program
 from fxcompress.parity import Row, _Recorder, check_parity, compare, first_difference
+from fxcompress.passbase import Context
+from fxcompress.passes import Cast
 from fxcompress.quant.fake_quantize import FakeQuantize
 from tests.helpers.quick import RUNTIMES, built, cnn, images, plain, quantized
 
@@ -174,6 +176,25 @@ def test_an_image_on_a_rounding_tie_may_fall_on_either_side(steps: float, is_tie
     found = first_difference(cast(Engine, OneStepOff(program, point, away)), program, X)
     assert found is None if is_tie else found is not None and found.layers == ("stem",) and found.error > 0.01
     assert first_difference(cast(Engine, OneStepOff(program, point, -away)), program, X) is not None  # never right
+
+
+@pytest.mark.parametrize("far", [1e4, math.inf, math.nan])
+def test_one_input_far_beyond_the_grid_excuses_nothing(far: float) -> None:
+    """Ties are near by the grid's own range; an engine that is steps off is named whatever else the layer reads."""
+    program, x = quantized("onnxruntime"), X.clone()
+    x[0, 0, 0, 0] = far
+    point, step = "fake_quantize.x", float(cast(Any, program.gm.get_submodule("fake_quantize.x")).scale)
+    found = first_difference(cast(Engine, OneStepOff(program, point, 8 * step)), program, x)
+    assert found is not None and found.name == point
+
+
+@pytest.mark.onnxruntime
+def test_a_half_program_with_another_weight() -> None:
+    """Engines give float32 where the simulation computes in 16 bits."""
+    program = Cast("fp16")(quantized("onnxruntime"), Context(calibration=[X])).program
+    engine = target("onnxruntime").build(changed(program, "blocks.1.conv", -1.0), threads=1)
+    with pytest.raises(ParityError, match="first difference at blocks"):
+        check_parity(engine, program, [X], reference=plain())
 
 
 # ------------------------------------------------------------------------------------------------ numbers that are none

@@ -242,6 +242,7 @@ class _Watcher(Interpreter):
 
     def __init__(self, program: Program, watched: dict[Node, list[CacheTally]]) -> None:
         super().__init__(program.gm)
+        self.extra_traceback = False  # an error of a model names its line already
         self.watched = watched
 
     def run_node(self, n: Node) -> Any:
@@ -265,6 +266,7 @@ def _observe(
         watched.setdefault(layer.value, []).append(values)
     header = f"key-value cache: {len(layers)} layers, at most {samples} sequences"
     with torch.no_grad(), evaluating(program.gm), progress_bar("observed", samples, progress, header) as advance:
+        before = 0
         for number, call in enumerate(data.calls(program, samples)):
             try:
                 with tokens_checked(program, number):
@@ -272,7 +274,8 @@ def _observe(
             except (RuntimeError, TypeError, ValueError, IndexError) as error:
                 why = f"{type(error).__name__}: {error}"
                 raise CalibrationError(312, f"the decoder fails on batch {number}", why=why) from error
-            advance()
+            advance(data.seen - before)
+            before = data.seen
 
 
 def _layer_id(name: str, position: int) -> int:

@@ -87,7 +87,41 @@ class Recurrent(nn.Module):
 
 def test_positions_tables_and_norms_are_no_products() -> None:
     program = fxc.capture(Positions().eval(), (torch.randint(0, 9, (2, 4)),))
-    assert not left_float(program, "nothing", ())
+    assert not left_float(program, "nothing", lambda name: True)
+
+
+class Made(nn.Module):
+    """Weights of products behind casts and arithmetic of weights; a bag of rows, which is a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.scale = (nn.Parameter(torch.randn(4, 4)) for _ in range(4))
+        self.gain, self.bag = nn.Parameter(torch.ones(1, 4)), nn.EmbeddingBag(9, 4)
+        self.conv = nn.Conv1d(1, 4, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.conv((self.bag(tokens) * self.gain).unsqueeze(1)).squeeze(2)
+        x = torch.mm(x, self.a * self.scale) + torch.mm(x.double(), self.b.to(torch.float64)).float()
+        return torch.stack([torch.mv(self.c, row) for row in x.unbind()])
+
+
+def test_weights_behind_casts_and_products_of_weights() -> None:
+    program = fxc.capture(Made().eval(), (torch.randint(0, 9, (2, 3)),))
+    found = {line.partition(" ")[0] for line in left_float(program, "nothing", lambda name: True)}
+    assert found == {"a", "b", "c", "scale", "conv"}
+    assert not left_float(program, "nothing", lambda name: name not in found)
+
+
+def test_what_is_quantized_already_is_not_named() -> None:
+    lstm = fxc.capture(nn.Sequential(nn.Linear(8, 8), Recurrent()).eval(), (torch.randn(2, 3, 8),))
+    first = fxc.QuantizeDynamic(include="1.layer")(lstm, fxc.Context()).program
+    assert not left(fxc.QuantizeWeights(group_size=-1)(first, fxc.Context()).notes)
+
+
+def test_a_name_that_is_of_another_kind_of_layer_is_not_mistyped() -> None:
+    for step in (fxc.QuantizeWeights(group_size=-1, ignore="conv"), fxc.QuantizeDynamic(ignore=("conv", "norm"))):
+        notes = step(mixed(), fxc.Context()).notes
+        assert not any("matches no layer" in n for n in notes) and "conv" not in left(notes)
 
 
 def test_a_later_pass_that_takes_it_clears_the_report() -> None:
