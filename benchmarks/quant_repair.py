@@ -5,7 +5,7 @@
 Calibration is the first 128 images; every image is run by itself in the engine that ships. "Held out" are the other 206.
 W4A8 keeps the first and the last layer's weights in 8 bits, as the papers' tables do; "all layers" does not, "depthwise"
 also keeps those of the depthwise layers (4 % of the weights). ``--blocks``
-adds reconstruction of whole blocks (hours on two cores). ``--resume`` keeps the rows of an interrupted run with the same
+adds reconstruction of whole blocks (half an hour an engine). ``--resume`` keeps the rows of an interrupted run with the same
 settings; ``--only`` runs the rows whose name holds the text.
 """
 
