@@ -29,6 +29,7 @@ from fxcompress.quant.calibration import calibrate, freeze
 from fxcompress.quant.fake_quantize import QUANTIZERS, FakeQuantize
 from fxcompress.quant.insertion import insert_quantizers
 from fxcompress.quant.layer_weights import as_globs, attach_quantizer, check_weight, has_quantizer, layer_weight
+from fxcompress.quant.leftovers import unused_globs
 from fxcompress.quant.observers import Observer, make_observer
 from fxcompress.quant.placement import Placement, layer_name, weight_axis
 from fxcompress.quant.scheme import QuantScheme
@@ -98,7 +99,9 @@ def prepare_qat(
     work.gm.train(training)
     work.recompile()
     work.verify()
-    notes += [f"{name} stays float: {reason}" for name, reason in placement.left] + wish.unused(placement)
+    notes += [f"{name} stays float: {reason}" for name, reason in placement.left]
+    names = [layer_name(n) for n in placement.layers] + [name for name, _ in placement.left]
+    notes += unused_globs(work, names, ignore=wish.ignore, keep_8bit=wish.keep_8bit)
     made = (work.gm, work.signature, work.example, work.notes + notes, work.history)
     return QATProgram(*made, scheme=wish.scheme)
 
@@ -144,12 +147,6 @@ class _Wish:
             wide |= set(leaders) if wide & set(leaders) else set()
         own, narrow = self.scheme.activation, _narrowed(self.scheme.activation, self.activation_bits)
         return {group[0].name: own if group[0] in wide else narrow for group in placement.groups}
-
-    def unused(self, placement: Placement) -> list[str]:
-        """A note for every glob that matches nothing."""
-        names = [layer_name(n) for n in placement.layers] + [name for name, _ in placement.left]
-        given = [("ignore", g) for g in self.ignore] + [("keep_8bit", g) for g in self.keep_8bit]
-        return [f"{k}={g!r} matches no layer" for k, g in given if not any(fnmatch.fnmatchcase(n, g) for n in names)]
 
 
 def _narrowed(spec: QuantSpec, bits: int) -> QuantSpec:

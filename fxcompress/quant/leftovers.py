@@ -1,4 +1,4 @@
-"""What a quantizing pass leaves alone without being asked to: said in its notes, so that nobody takes it for quantized."""
+"""What a pass leaves alone without being asked to, and what it was asked that has no effect: lines for its notes."""
 
 from __future__ import annotations
 
@@ -68,14 +68,14 @@ def _layer(program: Program, node: Node, kinds: Collection[str]) -> str:
 
 def _product(program: Program, weight: Node, kinds: Collection[str]) -> str:
     """The operator that multiplies by a parameter, through views of it; empty when there is none."""
-    queue, met = list(weight.users), {weight, *weight.users}
+    queue, same = list(weight.users), {weight}  # what is the weight still
     while queue:
         user = queue.pop()
         name = getattr(getattr(user.target, "overloadpacket", user.target), "__name__", "")
-        made = name in _MADE_OF and all(i.op == "get_attr" or i in met for i in user.all_input_nodes)
+        made = name in _MADE_OF and all(i.op == "get_attr" or i in same for i in user.all_input_nodes)
         if is_move(user) or name in _VIEWS or made:
-            queue += [u for u in user.users if u not in met]
-            met |= set(user.users)
+            queue += user.users
+            same.add(user)
         elif user.op == "call_function" and _PRODUCT.fullmatch(name) and layer_kind(program, user) not in kinds:
             return name
     return ""

@@ -47,8 +47,8 @@ def test_a_model_that_fails_for_another_reason() -> None:
         fxc.QuantizeStatic()(broken(program), fxc.Context(calibration=batches(0), verify=False))
 
 
-def broken(program: fxc.Program) -> Any:
-    """A program whose embedding fails on good tokens."""
+def broken(program: fxc.Program) -> fxc.Program:
+    """A program whose last layer fails on good tokens."""
 
     def fails(*_: Any) -> None:
         raise RuntimeError("as if on the device")
