@@ -140,6 +140,16 @@ def test_transformers_loads_it_and_computes_the_same(name: str, tmp_path: Path) 
     assert off < (1.5 * rounded if "w8a8" in name else 1e-5), (off, rounded)
 
 
+def test_transformers_cannot_load_packed_zero_points(tmp_path: Path) -> None:
+    """The day it can, the advice in docs/quantization.md goes."""
+    pytest.importorskip("compressed_tensors", reason="needs the compressed-tensors package")
+    from transformers import AutoModelForCausalLM
+
+    saved(quantized(CASES["w4 asymmetric"]), tmp_path)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
 def test_unpacked_weights_and_two_kinds_of_layers(tmp_path: Path) -> None:
     naive = saved(quantized(CASES["w8"]), tmp_path / "naive", format="naive-quantized")
     assert naive.read("model.layers.0.mlp.up_proj.weight").dtype == torch.int8
